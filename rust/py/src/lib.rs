@@ -1,0 +1,1 @@
+//! slora._core
