@@ -18,7 +18,9 @@
 
 mod args;
 mod ast;
+mod calls;
 mod eval;
+mod expressions;
 mod filters;
 mod functions;
 mod json;
@@ -29,6 +31,8 @@ mod ops;
 mod parser;
 mod predicates;
 mod printf;
+mod sorting;
+mod statements;
 mod strftime;
 mod text;
 mod value;

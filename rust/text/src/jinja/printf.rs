@@ -38,7 +38,9 @@ pub(super) fn printf(format: &str, args: &Value, meter: &mut Meter) -> Outcome<V
         let field = convert(conversion, &value.defined()?, precision, meter)?;
         pad(&mut out, &field, width, flags, meter)?;
     }
-    if !values.is_empty() && !matches!(args, Value::Dict(_)) {
+    // Python lets a list or dict go unused: it might have been the argument of a named field.
+    let may_be_unused = matches!(args, Value::Dict(_)) || matches!(args, Value::List(list) if !list.is_tuple);
+    if !values.is_empty() && !may_be_unused {
         return Fault::invalid("not all arguments were used by the format");
     }
     Ok(Value::from(out))
