@@ -87,8 +87,8 @@ fn byte_level() -> Tokenizer {
     tokenizer
 }
 
-/// Llama-2-like: pieces with "▁", byte fallback, one space stripped from the front.
-fn byte_fallback() -> Tokenizer {
+/// Llama-2-like: pieces with "▁", byte fallback, spaces (there one) stripped from the front.
+fn byte_fallback(num_stripped: usize) -> Tokenizer {
     let bytes = (0..=255u8).map(|b| format!("<0x{b:02X}>"));
     let pieces = ["▁", "▁a", "a", "b", "▁he", "llo", "é", "▁▁", "�", " "];
     let vocab = vocab(["<unk>".to_owned()].into_iter().chain(bytes).chain(pieces.map(str::to_owned)));
@@ -103,7 +103,7 @@ fn byte_fallback() -> Tokenizer {
         Replace::new("▁", " ").unwrap().into(),
         ByteFallback::new().into(),
         Fuse::new().into(),
-        Strip::new(' ', 1, 0).into(),
+        Strip::new(' ', num_stripped, 0).into(),
     ];
     tokenizer.with_decoder(Some(Sequence::new(steps)));
     tokenizer.add_special_tokens([special("<s>"), special("</s>")]).unwrap();
@@ -139,7 +139,8 @@ fn bare() -> Tokenizer {
 fn families() -> Vec<(&'static str, Arc<TextModel>)> {
     let all = [
         ("byte level", byte_level()),
-        ("byte fallback", byte_fallback()),
+        ("byte fallback", byte_fallback(1)),
+        ("byte fallback, three stripped", byte_fallback(3)),
         ("metaspace", metaspace()),
         ("word piece", word_piece()),
         ("bare", bare()),
@@ -212,7 +213,7 @@ fn a_broken_tail_is_shown_in_the_end_only() {
 fn a_hundred_thousand_tokens_take_linear_time() {
     for (name, model) in families() {
         let size = model.vocab_size() as u32;
-        let broken = if name == "byte fallback" { 0x80 + 1 } else { 200 % size };
+        let broken = if name.starts_with("byte fallback") { 0x80 + 1 } else { 200 % size };
         let streams =
             [("mixed", 2_654_435_761u32, 0), ("always the same", 0, size / 2), ("never a whole character", 0, broken)];
         for (kind, factor, offset) in streams {
@@ -302,7 +303,7 @@ fn tokens_are_shown_as_inside_a_sentence() {
         Folder::new("shown", &tokenizer).load().unwrap().token_text(id).unwrap()
     };
     assert_eq!(shown(byte_level(), "Ġhe"), " he");
-    assert_eq!(shown(byte_fallback(), "▁he"), " he");
+    assert_eq!(shown(byte_fallback(1), "▁he"), " he");
     assert_eq!(shown(metaspace(), "▁he"), " he");
     assert_eq!(shown(word_piece(), "##llo"), "llo");
     assert_eq!(shown(byte_level(), "</s>"), "</s>");
@@ -320,4 +321,13 @@ fn bad_folders_are_named() {
     folder.write("tokenizer.json", "{}");
     let message = folder.load().err().unwrap().to_string();
     assert!(message.contains("tokenizer.json: "), "{message}");
+}
+
+#[test]
+fn a_model_is_shared_by_threads_and_a_request_moves_between_them() {
+    fn shared<T: Send + Sync>() {}
+    fn moved<T: Send>() {}
+    shared::<TextModel>();
+    moved::<Detokenizer>();
+    moved::<slora_text::StopStrings>();
 }
