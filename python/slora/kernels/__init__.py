@@ -1,0 +1,74 @@
+"""The operations of a step, by device. A backend is a module with the functions of `Backend`.
+
+`reference` (torch, any device that torch has) serves the CPU and is every other backend's oracle.
+"""
+
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from slora.kernels import reference
+from slora.kernels.adapters import AdapterTables
+from slora.memory import HostTier, PagePool
+from slora.plan import StepPlan
+
+QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 (the paper's letter)
+"""The groups of a layer's LoRA modules: one `lora` call each."""
+
+
+class Backend(Protocol):
+    """What a backend provides. `batch` is what its `prepare` made of the plan, once for all layers of a step.
+
+    A *delta* is the LoRA part of a linear's output: it is made from the linear's input, and the consumer of the output
+    adds it. None: no row has one.
+    """
+
+    def copy_pages(self, pool: PagePool, host: HostTier | None, plan: StepPlan) -> None:
+        """Swap in: host pages to pool pages."""
+
+    def update_descriptors(self, tables: AdapterTables, plan: StepPlan) -> None:
+        """Take over the descriptor rows that change with this step."""
+
+    def prepare(
+        self, plan: StepPlan, pool: PagePool, tables: AdapterTables, frequencies: Tensor, scaling: float
+    ) -> Any:
+        """Metadata of the step; frequencies [head_dim / 2] and scaling are RoPE's."""
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """A linear weight [out, in] in the layout that `linear` likes best; may be the weight itself."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [rows, in] -> [rows, out]."""
+
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """residual + x + delta, and its norm: (normed, residual). May write into x."""
+
+    def rope_kv(
+        self, qkv: Tensor, delta: Tensor | None, batch: Any, layer: int, qk_norm: Tensor | None, eps: float
+    ) -> Tensor:
+        """Add delta, norm the heads of q and k, rotate, write K and V to their slots: q [rows, heads, head_dim]."""
+
+    def paged_attention(self, q: Tensor, batch: Any, layer: int) -> Tensor:
+        """Causal attention of every row over its request's pages: [rows, heads * head_dim]."""
+
+    def silu_mul(self, gate_up: Tensor, delta: Tensor | None) -> Tensor:
+        """silu(gate) * up of gate_up + delta: [rows, intermediate]. May write into gate_up."""
+
+    def lora(self, x: Tensor, batch: Any, layer: int, group: int) -> Tensor | None:
+        """delta [rows, out of the group's modules side by side] for x [rows, in]."""
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        """One token per row of logits [rows, vocab], by `uniform` [rows] in [0, 1): int64 [rows]."""
+
+
+def backend(device: str) -> Backend:
+    """The backend for a torch device."""
+    from slora.errors import ConfigError
+
+    if device.split(":")[0] == "cpu":
+        return cast(Backend, reference)
+    raise ConfigError(f"device = {device!r} is not supported; hint: cpu")

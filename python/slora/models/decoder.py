@@ -1,0 +1,50 @@
+"""The decoder of all families: Llama, Mistral, Qwen2 and Qwen3 differ only in what their configuration says."""
+
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+from torch import Tensor
+
+from slora.kernels import DOWN, GATE_UP, QKV, Backend, O
+from slora.models.config import ModelConfig
+from slora.weights import Weights
+
+
+class Decoder:
+    """A pre-norm transformer over the rows of a step.
+
+    Each linear has a base part and a LoRA delta, which meet where the linear's output is used.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Backend) -> None:
+        """Takes `weights` over: linears are repacked in place, one at a time, so that none exists twice."""
+        self.config, self.weights, self.ops = config, weights, ops
+        for layer in weights.layers:
+            layer.qkv, layer.o = ops.pack_linear(layer.qkv), ops.pack_linear(layer.o)
+            layer.gate_up, layer.down = ops.pack_linear(layer.gate_up), ops.pack_linear(layer.down)
+        if weights.lm_head is not weights.embed:
+            weights.lm_head = ops.pack_linear(weights.lm_head)
+
+    def forward(self, token_ids: Tensor, batch: object) -> tuple[Tensor, Tensor | None]:
+        """token_ids [rows] -> the last residual [rows, hidden] and its delta, to be normed by `logits`."""
+        ops, eps = self.ops, self.config.rms_norm_eps
+        x = F.embedding(token_ids, self.weights.embed)
+        residual: Tensor | None = None
+        delta: Tensor | None = None
+        for i, w in enumerate(self.weights.layers):
+            h, residual = ops.rms_norm(x, residual, delta, w.input_norm, eps)
+            delta = ops.lora(h, batch, i, QKV)
+            q = ops.rope_kv(ops.linear(h, w.qkv, w.qkv_bias), delta, batch, i, w.qk_norm, eps)
+            h = ops.paged_attention(q, batch, i)
+            delta = ops.lora(h, batch, i, O)
+            h, residual = ops.rms_norm(ops.linear(h, w.o), residual, delta, w.post_norm, eps)
+            delta = ops.lora(h, batch, i, GATE_UP)
+            h = ops.silu_mul(ops.linear(h, w.gate_up), delta)
+            delta = ops.lora(h, batch, i, DOWN)
+            x = ops.linear(h, w.down)
+        return (x if residual is None else x.add_(residual)), delta
+
+    def logits(self, hidden: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
+        """fp32 [len(rows), vocab] of what `forward` returned."""
+        x, delta = hidden
+        delta = None if delta is None else delta.index_select(0, rows)
+        h, _ = self.ops.rms_norm(x.index_select(0, rows), None, delta, self.weights.norm, self.config.rms_norm_eps)
+        return self.ops.linear(h, self.weights.lm_head).float()
