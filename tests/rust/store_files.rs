@@ -1,0 +1,99 @@
+//! Folders and files that must be refused, before and after registration.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::sync::atomic::AtomicBool;
+
+use slora_store::Adapter;
+
+mod store_fixture;
+use store_fixture::*;
+
+#[test]
+fn folders_that_are_refused() {
+    let base = tiny_base();
+    let checkpoint = Checkpoint::empty();
+    let missing = checkpoint.path().join("missing");
+    expect(Adapter::open(&missing, &base).map(|_| ()), "not_found", &["missing"]);
+    expect(refusal(&checkpoint, &base), "missing_config", &["adapter_config.json"]);
+    checkpoint.write_config("{}");
+    expect(Adapter::open(&checkpoint.config_path(), &base).map(|_| ()), "not_a_folder", &["regular file", "hint"]);
+    expect(refusal(&checkpoint, &base), "missing_weights", &["adapter_model.safetensors"]);
+    fs::write(checkpoint.path().join("adapter_model.bin"), b"\x80\x02").unwrap();
+    expect(refusal(&checkpoint, &base), "pickle_only", &["adapter_model.bin", "hint"]);
+
+    let two = Checkpoint::empty();
+    for name in ["b", "a"] {
+        fs::create_dir(two.path().join(name)).unwrap();
+        fs::write(two.path().join(name).join("adapter_config.json"), "{}").unwrap();
+    }
+    expect(refusal(&two, &base), "ambiguous_folder", &["a, b", "hint"]);
+
+    let cycle = Checkpoint::empty();
+    symlink(cycle.config_path(), cycle.config_path()).unwrap();
+    expect(refusal(&cycle, &base), "io", &["adapter_config.json"]);
+}
+
+#[test]
+fn what_is_not_a_regular_file_is_never_waited_for() {
+    let base = tiny_base();
+    for weights in [false, true] {
+        let path = |c: &Checkpoint| if weights { c.weights_path() } else { c.config_path() };
+        let fresh = || {
+            let checkpoint = Checkpoint::new("", &good_pair());
+            fs::remove_file(path(&checkpoint)).unwrap();
+            checkpoint
+        };
+        let folder = fresh();
+        fs::create_dir(path(&folder)).unwrap();
+        expect(refusal(&folder, &base), "not_a_regular_file", &["a folder"]);
+
+        let fifo = fresh();
+        assert!(std::process::Command::new("mkfifo").arg(path(&fifo)).status().unwrap().success());
+        expect(refusal(&fifo, &base), "not_a_regular_file", &["a fifo"]);
+
+        let device = fresh();
+        symlink("/dev/zero", path(&device)).unwrap();
+        expect(refusal(&device, &base), "not_a_regular_file", &["a device"]);
+
+        let socket = fresh();
+        let _listener = std::os::unix::net::UnixListener::bind(path(&socket)).unwrap();
+        expect(refusal(&socket, &base), "not_a_regular_file", &["a socket"]);
+    }
+}
+
+#[test]
+fn files_that_change_after_registration_are_refused() {
+    let base = tiny_base();
+    type Change = fn(&Checkpoint);
+    let table: [(&str, Change); 6] = [
+        ("size", |c| fs::OpenOptions::new().write(true).open(c.weights_path()).unwrap().set_len(500).unwrap()),
+        ("inode", |c| {
+            let copy = c.path().join("copy");
+            fs::copy(c.weights_path(), &copy).unwrap();
+            fs::rename(copy, c.weights_path()).unwrap();
+        }),
+        ("modification time", |c| {
+            let file = fs::OpenOptions::new().write(true).open(c.weights_path()).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        }),
+        ("removed", |c| fs::remove_file(c.weights_path()).unwrap()),
+        ("kind", |c| {
+            fs::remove_file(c.weights_path()).unwrap();
+            fs::create_dir(c.weights_path()).unwrap();
+        }),
+        ("size", |c| c.write_config("{}")),
+    ];
+    for (what, change) in table {
+        println!("{what}");
+        let checkpoint = Checkpoint::new("", &good_pair());
+        let adapter = checkpoint.open(&base).unwrap();
+        adapter.check_unchanged().unwrap();
+        change(&checkpoint);
+        expect(adapter.check_unchanged(), "changed", &[what, "registered"]);
+        let mut pages = Pages::of(&adapter, &base);
+        let packed = adapter.pack_part(0, &pages.lend(), &AtomicBool::new(false));
+        expect(packed.map(|_| ()), "changed", &[what]);
+    }
+}
