@@ -3,9 +3,9 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use slora_store::Adapter;
+use slora_store::{Adapter, MODULES};
 
 mod store_fixture;
 use store_fixture::*;
@@ -96,4 +96,52 @@ fn files_that_change_after_registration_are_refused() {
         let packed = adapter.pack_part(0, &pages.lend(), &AtomicBool::new(false));
         expect(packed.map(|_| ()), "changed", &[what]);
     }
+}
+
+#[test]
+fn a_file_replaced_while_it_is_packed_never_mixes() {
+    let base = tiny_base();
+    let [old, new] = [0.25, 0.5].map(|value| {
+        let modules = (0..3).flat_map(|layer| MODULES.iter().flat_map(move |m| pair(&tiny_base(), layer, m, 8)));
+        let tensors: Vec<RawTensor> =
+            modules.map(|t| RawTensor { data: value_bytes(value, t.data.len()), ..t }).collect();
+        Checkpoint::new("", &tensors)
+    });
+    let images = [&old, &new].map(|c| pack(&c.open(&base).unwrap(), &base).unwrap().0);
+    let place = Checkpoint::new("", &[]);
+    let replace = |by: &Checkpoint| {
+        // Links, so that no inode number is used again.
+        let link = place.path().join("link");
+        fs::hard_link(by.weights_path(), &link).unwrap();
+        fs::rename(link, place.weights_path()).unwrap();
+    };
+    replace(&old);
+    let (done, mut packed, mut refused) = (AtomicBool::new(false), 0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                replace(&new);
+                replace(&old);
+            }
+        });
+        for _ in 0..2000 {
+            match place.open(&base).and_then(|adapter| pack(&adapter, &base)) {
+                Ok((image, _)) => {
+                    assert!(images.contains(&image));
+                    packed += 1;
+                }
+                Err(error) => {
+                    assert_eq!(error.code(), "changed", "{error}");
+                    refused += 1;
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    println!("{packed} packed, {refused} refused");
+    assert!(refused > 0);
+}
+
+fn value_bytes(value: f32, bytes: usize) -> Vec<u8> {
+    value.to_le_bytes().iter().copied().cycle().take(bytes).collect()
 }

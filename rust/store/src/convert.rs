@@ -10,9 +10,11 @@ const BLOCK: usize = 2048;
 
 /// A value that may not be served, found at an index of the input.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum BadValue {
-    NotFinite { index: usize, value: f32 },
-    Overflow { index: usize, value: f32 },
+pub(crate) struct BadValue {
+    pub(crate) index: usize,
+    pub(crate) value: f32,
+    /// It is finite, and too large for the output's dtype.
+    pub(crate) overflow: bool,
 }
 
 /// The elements of `input`, of type `from`, as elements of `to`, rounded to nearest even: `input` itself where the two
@@ -32,12 +34,14 @@ pub(crate) fn convert<'a>(
     let mut back = [0.0; BLOCK];
     let mut max_error = 0f32;
     for (block, bytes) in input.chunks(BLOCK * from.bytes()).enumerate() {
-        check_finite(bytes, from).map_err(|bad| bad.shifted(block * BLOCK))?;
+        let shifted = |bad: BadValue| BadValue { index: block * BLOCK + bad.index, ..bad };
+        check_finite(bytes, from).map_err(shifted)?;
         let wide = widen(bytes, from, &mut wide);
         let start = scratch.len();
         narrow(wide, to, scratch);
         let narrowed = &scratch[start..];
-        check_finite(narrowed, to).map_err(|bad| bad.overflowed(wide).shifted(block * BLOCK))?;
+        check_finite(narrowed, to)
+            .map_err(|bad| shifted(BadValue { value: wide[bad.index], overflow: true, ..bad }))?;
         if to != Dtype::F32 {
             max_error = max_error.max(max_difference(wide, widen(narrowed, to, &mut back)));
         }
@@ -65,7 +69,7 @@ fn check_finite(input: &[u8], dtype: Dtype) -> Result<(), BadValue> {
         if suspicious(bytes) {
             let values = (0..bytes.len() / dtype.bytes()).map(|i| (i, element(bytes, dtype, i)));
             if let Some((i, value)) = values.into_iter().find(|(_, value)| !value.is_finite()) {
-                return Err(BadValue::NotFinite { index: block * BLOCK + i, value });
+                return Err(BadValue { index: block * BLOCK + i, value, overflow: false });
             }
         }
     }
@@ -74,21 +78,6 @@ fn check_finite(input: &[u8], dtype: Dtype) -> Result<(), BadValue> {
 
 fn any_exponent_full(bytes: &[u8], exponent: u16) -> bool {
     bytes.as_chunks().0.iter().fold(false, |bad, &b| bad | (u16::from_le_bytes(b) & exponent == exponent))
-}
-
-impl BadValue {
-    fn shifted(self, by: usize) -> BadValue {
-        match self {
-            BadValue::NotFinite { index, value } => BadValue::NotFinite { index: index + by, value },
-            BadValue::Overflow { index, value } => BadValue::Overflow { index: index + by, value },
-        }
-    }
-
-    /// What was not finite after narrowing was too large before.
-    fn overflowed(self, wide: &[f32]) -> BadValue {
-        let (BadValue::NotFinite { index, .. } | BadValue::Overflow { index, .. }) = self;
-        BadValue::Overflow { index, value: wide[index] }
-    }
 }
 
 /// Exact: every f16 and bf16 is an f32.
@@ -194,12 +183,12 @@ mod tests {
                     assert_eq!(bytes, bf16.to_le_bytes());
                     assert_eq!(error, (value - bf16.to_f32()).abs());
                 }
-                Err(bad) => assert!(bf16.is_infinite() && bad == BadValue::Overflow { index: 0, value }),
+                Err(bad) => assert!(bf16.is_infinite() && bad == BadValue { index: 0, value, overflow: true }),
             }
             let f16 = f16::from_f32(value);
             match converted(&[value], Dtype::F16) {
                 Ok((bytes, _)) => assert_eq!(bytes, f16.to_le_bytes()),
-                Err(bad) => assert!(f16.is_infinite() && bad == BadValue::Overflow { index: 0, value }),
+                Err(bad) => assert!(f16.is_infinite() && bad == BadValue { index: 0, value, overflow: true }),
             }
         }
     }
@@ -226,12 +215,12 @@ mod tests {
         for (index, len) in [(0, 1), (2047, 2048), (2048, 2049), (5000, 9000)] {
             let mut values = vec![0.5f32; len];
             values[index] = f32::NEG_INFINITY;
-            let bad = BadValue::NotFinite { index, value: f32::NEG_INFINITY };
+            let bad = BadValue { index, value: f32::NEG_INFINITY, overflow: false };
             for to in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
                 assert_eq!(converted(&values, to).err(), Some(bad));
             }
             values[index] = 1e30;
-            assert_eq!(converted(&values, Dtype::F16).err(), Some(BadValue::Overflow { index, value: 1e30 }));
+            assert_eq!(converted(&values, Dtype::F16).err(), Some(BadValue { index, value: 1e30, overflow: true }));
         }
     }
 }

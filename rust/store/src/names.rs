@@ -79,6 +79,11 @@ fn is_vocabulary_sized(module_path: &str) -> bool {
     matches!(module_path.rsplit('.').next(), Some("lm_head" | "embed_tokens" | "wte" | "embed_out"))
 }
 
+/// PEFT saves the base's own weights beside an adapter on the embedding or the output head.
+fn is_base_of_vocabulary_sized(name: &str) -> bool {
+    name.strip_suffix(".base_layer.weight").is_some_and(is_vocabulary_sized)
+}
+
 /// A tensor that is no LoRA factor.
 fn read_other(name: &str) -> Meaning<'_> {
     let has = |segment: &str| name.split('.').any(|s| s == segment);
@@ -86,7 +91,7 @@ fn read_other(name: &str) -> Meaning<'_> {
         Meaning::Ignorable { reason: "rotary frequencies, which follow from the base's config" }
     } else if has("lora_magnitude_vector") {
         Meaning::Unsupported(Feature::Dora)
-    } else if has("lora_embedding_A") || has("lora_embedding_B") {
+    } else if has("lora_embedding_A") || has("lora_embedding_B") || is_base_of_vocabulary_sized(name) {
         Meaning::Unsupported(Feature::Embedding)
     } else if has("token_adapter") || has("trainable_tokens_delta") {
         Meaning::Unsupported(Feature::TrainableTokens)

@@ -150,17 +150,13 @@ impl Packer<'_> {
 
     fn name_bad_value(&self, bad: BadValue, piece: &Piece, first_element: u64) -> AdapterError {
         let tensor = &self.tensors[piece.tensor];
-        let (name, columns) = (tensor.name.clone(), tensor.shape[1]);
-        let place = |index: usize| ((first_element + index as u64) / columns, (first_element + index as u64) % columns);
-        match bad {
-            BadValue::NotFinite { index, value } => {
-                let (row, column) = place(index);
-                AdapterError::NotFinite { name, value, row, column }
-            }
-            BadValue::Overflow { index, value } => {
-                let (row, column) = place(index);
-                AdapterError::Overflow { name, value, row, column, dtype: self.dtype.name() }
-            }
+        let (name, value, columns) = (tensor.name.clone(), bad.value, tensor.shape[1]);
+        let element = first_element + bad.index as u64;
+        let (row, column) = (element / columns, element % columns);
+        if bad.overflow {
+            AdapterError::Overflow { name, value, row, column, dtype: self.dtype.name() }
+        } else {
+            AdapterError::NotFinite { name, value, row, column }
         }
     }
 
