@@ -41,7 +41,7 @@ const IGNORED: [&str; 15] = [
 ];
 
 /// Keys that change the computation, or the base, when they are not null, false or empty.
-const VARIANTS: [(&str, Feature); 18] = [
+const VARIANTS: [(&str, Feature); 17] = [
     ("alora_invocation_tokens", Feature::Alora),
     ("arrow_config", Feature::Arrow),
     ("corda_config", Feature::Corda),
@@ -57,7 +57,6 @@ const VARIANTS: [(&str, Feature); 18] = [
     ("trainable_token_indices", Feature::TrainableTokens),
     ("use_bdlora", Feature::Bdlora),
     ("use_dora", Feature::Dora),
-    ("use_kasa", Feature::Kasa),
     ("use_qalora", Feature::Qalora),
     ("velora_config", Feature::Velora),
 ];

@@ -67,8 +67,8 @@ fn check_finite(input: &[u8], dtype: Dtype) -> Result<(), BadValue> {
     };
     for (block, bytes) in input.chunks(BLOCK * dtype.bytes()).enumerate() {
         if suspicious(bytes) {
-            let values = (0..bytes.len() / dtype.bytes()).map(|i| (i, element(bytes, dtype, i)));
-            if let Some((i, value)) = values.into_iter().find(|(_, value)| !value.is_finite()) {
+            let mut values = (0..bytes.len() / dtype.bytes()).map(|i| (i, element(bytes, dtype, i)));
+            if let Some((i, value)) = values.find(|(_, value)| !value.is_finite()) {
                 return Err(BadValue { index: block * BLOCK + i, value, overflow: false });
             }
         }

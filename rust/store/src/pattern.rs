@@ -122,8 +122,7 @@ fn plain_suffix(key: &str) -> Option<Vec<u8>> {
 
 fn has_dotted_suffix(name: &[u8], suffix: &[u8]) -> bool {
     let Some(start) = name.len().checked_sub(suffix.len()) else { return false };
-    (start == 0 || name[start - 1] == b'.')
-        && name[start..].iter().rev().zip(suffix.iter().rev()).all(|(&c, &s)| s == c || s == 0)
+    (start == 0 || name[start - 1] == b'.') && name[start..].iter().zip(suffix).all(|(&c, &s)| s == c || s == 0)
 }
 
 /// Compiles `expression`, whose untrusted part is `key`, if Python's `re` would read it the same way.
