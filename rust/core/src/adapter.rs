@@ -87,7 +87,9 @@ pub enum AdapterError {
     #[error("no adapter is named {0:?}")]
     Unknown(Arc<str>),
     /// Its image does not fit.
-    #[error("the adapter's image needs {num_pages} pages, the limit is {limit}; hint: give the pool or the host tier more memory")]
+    #[error(
+        "the adapter's image needs {num_pages} pages, the limit is {limit}; hint: give the pool or the host tier more memory"
+    )]
     TooLarge {
         /// Pages needed.
         num_pages: u32,
@@ -95,7 +97,9 @@ pub enum AdapterError {
         limit: u32,
     },
     /// The descriptor is not of this model.
-    #[error("the descriptor has {words} words and {page_layers} page layers, the engine wants {expected} and {num_pages}")]
+    #[error(
+        "the descriptor has {words} words and {page_layers} page layers, the engine wants {expected} and {num_pages}"
+    )]
     Descriptor {
         /// Words given.
         words: usize,

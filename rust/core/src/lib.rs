@@ -15,6 +15,7 @@ mod event;
 mod lru;
 mod pages;
 mod plan;
+mod plan_writer;
 mod queue;
 mod reclaim;
 mod registry;

@@ -85,7 +85,9 @@ impl PlanLayout {
             .map(|&(name, is_float)| {
                 let capacity = match name {
                     "counts" => NUM_COUNTS,
-                    "token_ids" | "positions" | "slots" | "prompt_rows" | "prompt_targets" | "prompt_num_logprobs" => rows,
+                    "token_ids" | "positions" | "slots" | "prompt_rows" | "prompt_targets" | "prompt_num_logprobs" => {
+                        rows
+                    }
                     "query_indptr" | "page_indptr" | "bias_indptr" | "reset_indptr" => requests + 1,
                     "seg_indptr" => 2 * requests + 1,
                     "seg_adapter" => 2 * requests,

@@ -148,7 +148,11 @@ impl SamplingParams {
             ),
             (
                 "logit_bias",
-                self.logit_bias.iter().map(|(_, bias)| *bias).find(|bias| bias.is_nan() || *bias > 100.0).unwrap_or(0.0),
+                self.logit_bias
+                    .iter()
+                    .map(|(_, bias)| *bias)
+                    .find(|bias| bias.is_nan() || *bias > 100.0)
+                    .unwrap_or(0.0),
                 self.logit_bias.iter().all(|(_, bias)| *bias <= 100.0),
                 "at most 100",
             ),
@@ -217,7 +221,10 @@ mod tests {
             (SamplingParams { repetition_penalty: 0.0, ..base() }, "repetition_penalty is 0"),
             (SamplingParams { logit_bias: vec![(1, f32::NAN)], ..base() }, "logit_bias is NaN"),
             (SamplingParams { logit_bias: vec![(99, 1.0)], ..base() }, "logit_bias holds token 99"),
-            (SamplingParams { logit_bias: vec![(1, 1.0); 301], ..base() }, "logit_bias has 301 entries, the limit is 300"),
+            (
+                SamplingParams { logit_bias: vec![(1, 1.0); 301], ..base() },
+                "logit_bias has 301 entries, the limit is 300",
+            ),
             (SamplingParams { stop_token_ids: vec![10], ..base() }, "stop_token_ids holds token 10"),
             (SamplingParams { logprobs: Some(21), ..base() }, "logprobs is 21"),
             (SamplingParams { min_tokens: 17, ..base() }, "min_tokens is 17"),

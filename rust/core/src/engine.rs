@@ -1,0 +1,532 @@
+//! The engine: its state, and the calls that come from outside the step loop.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, Load};
+use crate::event::{EndEvent, EndReason, Events};
+use crate::lru::Lru;
+use crate::pages::{Owner, PagePool};
+use crate::plan::PlanLayout;
+use crate::queue::Queue;
+use crate::registry::{DeviceImage, HostImage, Name, Registry};
+use crate::request::{NewRequest, Phase, Request, RequestId, SubmitError};
+use crate::stats::Stats;
+use crate::{ConfigError, EngineConfig};
+
+/// A launched step whose output is not here yet.
+#[derive(Debug, Default)]
+pub(crate) struct LaunchedStep {
+    pub step: u32,
+    /// (place, seq) of the request of each sampled row.
+    pub sampled: Vec<(u32, u64)>,
+    /// Requests that want no token and end with this step.
+    pub prompts_done: Vec<(u32, u64)>,
+    /// (place, seq, position of the first target, first row, rows).
+    pub prompt_rows: Vec<(u32, u64, u32, u32, u32)>,
+}
+
+/// Decides which requests run on which pages, with which adapters, in which step.
+///
+/// All calls come from one thread. Time is an argument, in microseconds from any fixed moment.
+///
+/// A step is [`schedule`](Self::schedule), then [`commit`](Self::commit); the next step may be scheduled before this one is
+/// committed, but no further. What happens to requests is told through [`take_events`](Self::take_events).
+#[derive(Debug)]
+pub struct Engine {
+    pub(crate) config: EngineConfig,
+    pub(crate) layout: PlanLayout,
+    pub(crate) pages: PagePool,
+    pub(crate) host_pages: PagePool,
+    pub(crate) registry: Registry,
+    /// Adapters on the device that may give way, least recently used first, and their pages.
+    pub(crate) idle: Lru,
+    pub(crate) idle_pages: u32,
+    /// Adapters with a whole image in the host tier, least recently used first.
+    pub(crate) host_lru: Lru,
+    /// Adapters that a waiting request wants loaded, by the earliest such request.
+    pub(crate) load_order: BTreeMap<u64, u32>,
+    /// Adapters to load although nobody waits: replacements and pinned ones.
+    pub(crate) wanted: BTreeSet<u32>,
+    /// Adapters that the operator keeps on the device.
+    pub(crate) pinned: BTreeSet<u32>,
+    /// Owner of each descriptor row.
+    pub(crate) descriptor_rows: Vec<Option<u32>>,
+    pub(crate) free_descriptor_rows: Vec<u32>,
+    pub(crate) requests: Vec<Option<Request>>,
+    vacant_requests: Vec<u32>,
+    by_id: HashMap<RequestId, u32>,
+    next_seq: u64,
+    pub(crate) queue: Queue,
+    /// In order of admission: the first is the oldest, the last gives way first.
+    pub(crate) running: Vec<u32>,
+    /// The same, by descriptor row.
+    pub(crate) order: Vec<u32>,
+    pub(crate) free_state_rows: Vec<u32>,
+    pub(crate) step: u32,
+    pub(crate) launched: VecDeque<LaunchedStep>,
+    pub(crate) spare_steps: Vec<LaunchedStep>,
+    /// Adapters being copied, by step.
+    pub(crate) copying: VecDeque<(u32, u32)>,
+    /// Pages of those copies that are outside their step.
+    pub(crate) outside_pages: u32,
+    pub(crate) loads: VecDeque<Load>,
+    pub(crate) num_loading: u32,
+    pub(crate) cancelled_loads: VecDeque<AdapterId>,
+    pub(crate) dropped: VecDeque<AdapterId>,
+    pub(crate) num_resident: u32,
+    pub(crate) events: Events,
+    pub(crate) stats: Stats,
+    pub(crate) scratch: crate::schedule::Scratch,
+}
+
+impl Engine {
+    /// An engine with empty pools.
+    pub fn new(config: EngineConfig) -> Result<Self, ConfigError> {
+        let config = config.checked()?;
+        let layout = PlanLayout::new(&config);
+        Ok(Self {
+            pages: PagePool::new(config.num_pages),
+            host_pages: PagePool::new(config.num_host_pages),
+            registry: Registry::default(),
+            idle: Lru::new(),
+            idle_pages: 0,
+            host_lru: Lru::new(),
+            load_order: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            pinned: BTreeSet::new(),
+            descriptor_rows: vec![None; config.max_adapters as usize],
+            free_descriptor_rows: (0..config.max_adapters).rev().collect(),
+            requests: Vec::new(),
+            vacant_requests: Vec::new(),
+            by_id: HashMap::new(),
+            next_seq: 1,
+            queue: Queue::default(),
+            running: Vec::with_capacity(config.max_running as usize),
+            order: Vec::with_capacity(config.max_running as usize),
+            free_state_rows: (0..config.max_running).rev().collect(),
+            step: 0,
+            launched: VecDeque::new(),
+            spare_steps: Vec::new(),
+            copying: VecDeque::new(),
+            outside_pages: 0,
+            loads: VecDeque::new(),
+            num_loading: 0,
+            cancelled_loads: VecDeque::new(),
+            dropped: VecDeque::new(),
+            num_resident: 0,
+            events: Events::default(),
+            stats: Stats::default(),
+            scratch: crate::schedule::Scratch::default(),
+            config,
+            layout,
+        })
+    }
+
+    /// The configuration, with limits lowered to what can be reached.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// Where the arrays of a plan lie.
+    pub fn layout(&self) -> &PlanLayout {
+        &self.layout
+    }
+
+    /// Queues a request and binds the current version of its adapter. What can be refused is refused here; afterwards the
+    /// request ends exactly once, with an [`EndEvent`].
+    pub fn submit(&mut self, now_us: u64, new: NewRequest) -> Result<(), SubmitError> {
+        let NewRequest { id, adapter, prompt, params } = new;
+        self.check_request(id, &prompt, &params)?;
+        let adapter = adapter.map(|name| self.find_runnable(&name)).transpose()?;
+        let prompt_len = prompt.len() as u32;
+        let max_len = prompt_len + params.max_tokens;
+        let kv_pages = self.pages_for(max_len);
+        let adapter_pages = adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
+        if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(self.config.num_pages) {
+            return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages: self.config.num_pages });
+        }
+        if self.queue.len() >= self.config.max_waiting as usize {
+            return Err(SubmitError::QueueFull { max_waiting: self.config.max_waiting });
+        }
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        let request = Request {
+            id,
+            seq,
+            phase: Phase::Waiting,
+            adapter,
+            tokens: prompt,
+            prompt_len,
+            max_len,
+            has_penalties: params.has_penalties(),
+            params,
+            computed: 0,
+            pending: 0,
+            planned: 0,
+            pages: Vec::new(),
+            state_row: 0,
+            prompt_logprobs_done: 0,
+            checked: 0,
+            pending_row: 0,
+        };
+        let place = match self.vacant_requests.pop() {
+            Some(place) => {
+                self.requests[place as usize] = Some(request);
+                place
+            }
+            None => {
+                self.requests.push(Some(request));
+                self.requests.len() as u32 - 1
+            }
+        };
+        self.by_id.insert(id, place);
+        if let Some(index) = adapter {
+            let adapter = self.registry.get_mut(index);
+            adapter.unfinished += 1;
+            adapter.record_use(now_us);
+        }
+        self.enqueue(place);
+        self.stats.submitted += 1;
+        Ok(())
+    }
+
+    fn check_request(&self, id: RequestId, prompt: &[u32], params: &crate::SamplingParams) -> Result<(), SubmitError> {
+        if prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if self.by_id.contains_key(&id) {
+            return Err(SubmitError::Duplicate(id.0));
+        }
+        let (max_context, vocab_size) = (self.config.max_context, self.config.vocab_size);
+        let needed = prompt.len() as u64 + u64::from(params.max_tokens);
+        if needed > u64::from(max_context) {
+            let (prompt_len, max_tokens) = (prompt.len(), params.max_tokens);
+            return Err(SubmitError::TooLong { max_context, needed, prompt_len, max_tokens });
+        }
+        if let Some(&token) = prompt.iter().find(|token| **token >= vocab_size) {
+            return Err(SubmitError::Token { token, vocab_size });
+        }
+        Ok(params.check(vocab_size)?)
+    }
+
+    fn find_runnable(&self, name: &Arc<str>) -> Result<u32, SubmitError> {
+        let entry = self.registry.names.get(name).ok_or_else(|| SubmitError::UnknownAdapter(name.clone()))?;
+        match &self.registry.get(entry.current).failure {
+            None => Ok(entry.current),
+            Some(reason) => Err(SubmitError::AdapterFailed { name: name.clone(), reason: reason.clone() }),
+        }
+    }
+
+    /// Ends a request at once, wherever it is; its pages are free for the next step. `false` if it ended before.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        let Some(&place) = self.by_id.get(&id) else { return false };
+        self.finish(place, EndReason::Cancelled);
+        true
+    }
+
+    /// The text of the request's first `num_tokens` generated tokens holds no stop string.
+    pub fn checked(&mut self, id: RequestId, num_tokens: u32) {
+        if let Some(&place) = self.by_id.get(&id) {
+            let request = self.request_mut(place);
+            request.checked = request.checked.max(num_tokens);
+        }
+    }
+
+    /// Moves what happened since the last call into `into`, which is emptied first.
+    pub fn take_events(&mut self, into: &mut Events) {
+        into.clear();
+        std::mem::swap(&mut self.events, into);
+    }
+
+    /// Makes an adapter known. With `replace`, a taken name gets a new version: it is loaded first, then becomes what the name
+    /// means; unfinished requests stay with the version of their submit.
+    pub fn register(&mut self, name: Arc<str>, spec: AdapterSpec, replace: bool) -> Result<AdapterId, AdapterError> {
+        let limit = self.config.max_adapter_pages;
+        if spec.num_pages > limit || spec.num_pages == 0 {
+            return Err(AdapterError::TooLarge { num_pages: spec.num_pages, limit });
+        }
+        let (words, page_layers) = (spec.words.len(), spec.page_layers.len());
+        if words != self.config.descriptor_words as usize || page_layers != spec.num_pages as usize {
+            let (expected, num_pages) = (self.config.descriptor_words, spec.num_pages);
+            return Err(AdapterError::Descriptor { words, page_layers, expected, num_pages });
+        }
+        let Some(entry) = self.registry.names.get(&name) else {
+            let index = self.registry.insert(name.clone(), 1, spec);
+            let entry = Name { current: index, next: None, versions: 1, replace_failure: None };
+            self.registry.names.insert(name, entry);
+            return Ok(self.registry.id(index));
+        };
+        if !replace {
+            return Err(AdapterError::Exists(name));
+        }
+        let (current, pending, version) = (entry.current, entry.next, entry.versions + 1);
+        let index = self.registry.insert(name.clone(), version, spec);
+        if let Some(entry) = self.registry.names.get_mut(&name) {
+            entry.versions = version;
+            entry.next = Some(index);
+            entry.replace_failure = None;
+        }
+        if let Some(pending) = pending {
+            self.retire(pending);
+        }
+        let old = self.registry.get(current);
+        let was_never_used = old.unfinished == 0 && matches!(old.host, HostImage::None) && !old.is_resident();
+        if old.failure.is_some() || was_never_used {
+            self.switch_version(&name);
+        } else {
+            self.wanted.insert(index);
+        }
+        Ok(self.registry.id(index))
+    }
+
+    /// The next version becomes what the name means.
+    pub(crate) fn switch_version(&mut self, name: &str) {
+        let Some(entry) = self.registry.names.get_mut(name) else { return };
+        let Some(next) = entry.next.take() else { return };
+        let old = std::mem::replace(&mut entry.current, next);
+        if self.pinned.contains(&old) {
+            self.set_pinned(next, true);
+        }
+        self.retire(old);
+    }
+
+    /// Forgets a name. Unfinished requests finish on their version; then both tiers are freed.
+    pub fn unload(&mut self, name: &str) -> Result<(), AdapterError> {
+        let entry = self.registry.names.remove(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
+        self.retire(entry.current);
+        if let Some(next) = entry.next {
+            self.retire(next);
+        }
+        Ok(())
+    }
+
+    /// Keeps the adapter on the device, bringing it there first; it gives way only where a request could not run otherwise.
+    pub fn pin(&mut self, name: &str) -> Result<(), AdapterError> {
+        let entry = self.registry.names.get(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
+        self.set_pinned(entry.current, true);
+        Ok(())
+    }
+
+    /// Undoes [`pin`](Self::pin).
+    pub fn unpin(&mut self, name: &str) -> Result<(), AdapterError> {
+        let entry = self.registry.names.get(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
+        self.set_pinned(entry.current, false);
+        Ok(())
+    }
+
+    fn set_pinned(&mut self, index: u32, is_pinned: bool) {
+        self.leave_idle(index);
+        self.registry.get_mut(index).is_pinned = is_pinned;
+        self.enter_idle(index);
+        if is_pinned {
+            self.pinned.insert(index);
+            self.wanted.insert(index);
+        } else {
+            self.pinned.remove(&index);
+        }
+    }
+
+    /// What the name means now.
+    pub fn adapter_info(&self, name: &str) -> Option<AdapterInfo> {
+        self.registry.info(name)
+    }
+
+    /// All names, in no order.
+    pub fn adapters(&self) -> impl Iterator<Item = AdapterInfo> + '_ {
+        self.registry.names.keys().filter_map(|name| self.registry.info(name))
+    }
+
+    /// The next adapter to read from disk.
+    pub fn next_load(&mut self) -> Option<Load> {
+        self.loads.pop_front()
+    }
+
+    /// The next load to give up; it must still be answered.
+    pub fn next_cancelled_load(&mut self) -> Option<AdapterId> {
+        self.cancelled_loads.pop_front()
+    }
+
+    /// The next version that is gone for ever: its files are no longer needed.
+    pub fn next_dropped(&mut self) -> Option<AdapterId> {
+        self.dropped.pop_front()
+    }
+
+    /// The adapter's image is in its host pages.
+    pub fn load_finished(&mut self, id: AdapterId) {
+        let Some(index) = self.registry.find(id) else { return };
+        let adapter = self.registry.get_mut(index);
+        let HostImage::Loading(pages) = std::mem::take(&mut adapter.host) else {
+            unreachable!("a load that finishes was ordered")
+        };
+        adapter.host = HostImage::Ready(pages);
+        let name = adapter.name.clone();
+        self.num_loading -= 1;
+        self.stats.loads += 1;
+        self.host_lru.touch(index);
+        if self.registry.names.get(&name).is_some_and(|entry| entry.next == Some(index)) {
+            self.switch_version(&name);
+        }
+        self.refresh(index);
+        self.drop_if_done(index);
+    }
+
+    /// The adapter cannot be loaded, or its load was given up: its requests end, with this reason.
+    pub fn load_failed(&mut self, id: AdapterId, reason: Arc<str>) {
+        let Some(index) = self.registry.find(id) else { return };
+        let step = self.step;
+        let adapter = self.registry.get_mut(index);
+        let HostImage::Loading(pages) = std::mem::take(&mut adapter.host) else {
+            unreachable!("a load that fails was ordered")
+        };
+        pages.iter().for_each(|page| self.host_pages.free(*page, step));
+        self.num_loading -= 1;
+        let was_cancelled = std::mem::take(&mut adapter.is_load_cancelled);
+        if !was_cancelled {
+            self.stats.load_failures += 1;
+        }
+        adapter.failure = Some(reason.clone());
+        let name = adapter.name.clone();
+        let waiting: Vec<u32> = adapter.waiting.values().copied().collect();
+        for place in waiting {
+            self.finish(place, EndReason::AdapterFailed(reason.clone()));
+        }
+        if let Some(entry) = self.registry.names.get_mut(&name).filter(|entry| entry.next == Some(index)) {
+            entry.next = None;
+            entry.replace_failure = Some(reason);
+            self.retire(index);
+        } else if self.registry.find(id).is_some() {
+            self.refresh(index);
+            self.drop_if_done(index);
+        }
+    }
+
+    /// The copies of all steps up to this one have arrived.
+    pub fn copies_done(&mut self, step: u32) {
+        while let Some((_, index)) = self.copying.front().copied().filter(|(copy_step, _)| *copy_step <= step) {
+            self.copying.pop_front();
+            let adapter = self.registry.get_mut(index);
+            let DeviceImage::Copying { pages, is_outside, .. } = std::mem::take(&mut adapter.device) else {
+                unreachable!("a copy that arrives was ordered")
+            };
+            if is_outside {
+                self.outside_pages -= pages.len() as u32;
+            }
+            adapter.device = DeviceImage::Ready(pages);
+            self.enter_idle(index);
+            self.refresh(index);
+            self.drop_if_done(index);
+        }
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> Stats {
+        let ready_or_not = self.queue.len() as u32;
+        Stats {
+            num_pages: self.pages.num_pages(),
+            free_pages: self.pages.num_free(),
+            kv_pages: self.pages.num_owned(Owner::Kv),
+            adapter_pages: self.pages.num_owned(Owner::Adapter),
+            idle_adapter_pages: self.idle_pages,
+            num_host_pages: self.host_pages.num_pages(),
+            free_host_pages: self.host_pages.num_free(),
+            running: self.running.len() as u32,
+            waiting: ready_or_not,
+            waiting_for_adapter: ready_or_not - self.queue.num_ready() as u32,
+            adapters: self.registry.len() as u32,
+            resident_adapters: self.num_resident,
+            host_adapters: self.host_lru.len() as u32,
+            loading_adapters: self.num_loading,
+            ..self.stats
+        }
+    }
+
+    /// Whether a request is unfinished.
+    pub fn is_unfinished(&self, id: RequestId) -> bool {
+        self.by_id.contains_key(&id)
+    }
+
+    pub(crate) fn request(&self, place: u32) -> &Request {
+        match &self.requests[place as usize] {
+            Some(request) => request,
+            None => unreachable!("a listed request is unfinished"),
+        }
+    }
+
+    pub(crate) fn request_mut(&mut self, place: u32) -> &mut Request {
+        match &mut self.requests[place as usize] {
+            Some(request) => request,
+            None => unreachable!("a listed request is unfinished"),
+        }
+    }
+
+    /// The request at `place`, if it is still the one with this `seq`.
+    pub(crate) fn find_request(&mut self, place: u32, seq: u64) -> Option<&mut Request> {
+        self.requests[place as usize].as_mut().filter(|request| request.seq == seq)
+    }
+
+    /// Pages that hold the KV cache of `len` tokens.
+    pub(crate) fn pages_for(&self, len: u32) -> u32 {
+        len.div_ceil(self.config.page_tokens)
+    }
+
+    /// Puts a request without pages into the queue, at its place.
+    pub(crate) fn enqueue(&mut self, place: u32) {
+        let request = self.request_mut(place);
+        request.phase = Phase::Waiting;
+        let (seq, adapter) = (request.seq, request.adapter);
+        match adapter {
+            None => self.queue.push(seq, place, true),
+            Some(index) => {
+                let adapter = self.registry.get_mut(index);
+                adapter.waiting.insert(seq, place);
+                self.queue.push(seq, place, adapter.is_ready);
+                self.refresh(index);
+            }
+        }
+    }
+
+    /// Takes a request out of the queue.
+    pub(crate) fn dequeue(&mut self, place: u32) {
+        let request = self.request(place);
+        let (seq, adapter) = (request.seq, request.adapter);
+        self.queue.remove(seq);
+        if let Some(index) = adapter {
+            self.registry.get_mut(index).waiting.remove(&seq);
+            self.refresh(index);
+        }
+    }
+
+    /// Ends a request: it owns nothing afterwards.
+    pub(crate) fn finish(&mut self, place: u32, reason: EndReason) {
+        match self.request(place).phase {
+            Phase::Waiting => self.dequeue(place),
+            Phase::Running => self.stop_running(place),
+        }
+        let Some(request) = self.requests[place as usize].take() else { return };
+        self.vacant_requests.push(place);
+        self.by_id.remove(&request.id);
+        self.stats.ended += 1;
+        self.events.ended.push(EndEvent { request: request.id, reason });
+        if let Some(index) = request.adapter {
+            self.registry.get_mut(index).unfinished -= 1;
+            self.drop_if_done(index);
+        }
+    }
+
+    /// Takes a request out of the running set and gives its pages, its rows and its pin back.
+    pub(crate) fn stop_running(&mut self, place: u32) {
+        self.running.retain(|other| *other != place);
+        self.order.retain(|other| *other != place);
+        let step = self.step;
+        let Some(request) = self.requests[place as usize].as_mut() else { return };
+        request.pages.drain(..).for_each(|page| self.pages.free(page, step));
+        request.computed = 0;
+        request.planned = 0;
+        self.free_state_rows.push(request.state_row);
+        if let Some(index) = request.adapter {
+            self.registry.get_mut(index).pins -= 1;
+            self.enter_idle(index);
+        }
+    }
+}
