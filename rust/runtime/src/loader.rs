@@ -1,0 +1,157 @@
+//! Loader threads: adapter files → host pages.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use slora_core::AdapterId;
+use slora_store::{Adapter, HostPages};
+
+use crate::inbox::{Command, Inbox};
+
+/// One adapter on its way; several threads pack its parts.
+struct Job {
+    id: AdapterId,
+    adapter: Arc<Adapter>,
+    pages: HostPages,
+    started: Instant,
+    /// Set by a failure too, so that the other threads stop.
+    is_cancelled: AtomicBool,
+    next_part: AtomicUsize,
+    parts_left: AtomicUsize,
+    failure: Mutex<Option<Arc<str>>>,
+}
+
+#[derive(Default)]
+struct Jobs {
+    /// Jobs with parts that nobody has taken yet.
+    open: VecDeque<Arc<Job>>,
+    /// All that were not answered.
+    unanswered: Vec<Arc<Job>>,
+    is_closed: bool,
+}
+
+struct Shared {
+    jobs: Mutex<Jobs>,
+    condvar: Condvar,
+    inbox: Arc<Inbox>,
+}
+
+/// Threads that answer every load with [`Command::Loaded`]. How many loads are open is the engine's limit.
+pub(crate) struct Loader {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Loader {
+    pub fn new(num_threads: usize, inbox: Arc<Inbox>) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { jobs: Mutex::default(), condvar: Condvar::new(), inbox });
+        let threads = (0..num_threads.max(1))
+            .map(|i| {
+                let shared = shared.clone();
+                std::thread::Builder::new().name(format!("slora-load-{i}")).spawn(move || shared.run())
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { shared, threads })
+    }
+
+    pub fn start(&self, id: AdapterId, adapter: Arc<Adapter>, pages: HostPages) {
+        let num_parts = adapter.num_parts();
+        let job = Arc::new(Job {
+            id,
+            adapter,
+            pages,
+            started: Instant::now(),
+            is_cancelled: AtomicBool::new(false),
+            next_part: AtomicUsize::new(0),
+            parts_left: AtomicUsize::new(num_parts),
+            failure: Mutex::new(None),
+        });
+        let mut jobs = self.shared.lock();
+        jobs.open.push_back(job.clone());
+        jobs.unanswered.push(job);
+        drop(jobs);
+        self.shared.condvar.notify_all();
+    }
+
+    /// Stops a load soon; it is still answered.
+    pub fn cancel(&self, id: AdapterId) {
+        for job in self.shared.lock().unanswered.iter().filter(|job| job.id == id) {
+            job.is_cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Stops all loads and waits for the threads: nobody writes to host pages afterwards.
+    pub fn close(&mut self) {
+        let mut jobs = self.shared.lock();
+        jobs.is_closed = true;
+        jobs.unanswered.iter().for_each(|job| job.is_cancelled.store(true, Ordering::Relaxed));
+        drop(jobs);
+        self.shared.condvar.notify_all();
+        for thread in self.threads.drain(..) {
+            // A loader that panicked has answered its load already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        while let Some((job, part)) = self.next_part() {
+            let pack = || job.adapter.pack_part(part, &job.pages, &job.is_cancelled);
+            let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(pack)) {
+                Ok(Ok(_)) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("the loader panicked".to_owned()),
+            };
+            if let Some(failure) = failure {
+                let mut first = job.failure.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert_with(|| failure.into());
+                job.is_cancelled.store(true, Ordering::Relaxed);
+            }
+            if job.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.answer(&job);
+            }
+        }
+    }
+
+    /// The next part to pack; `None`: the pool is closed.
+    fn next_part(&self) -> Option<(Arc<Job>, usize)> {
+        let mut jobs = self.lock();
+        loop {
+            if jobs.is_closed {
+                return None;
+            }
+            if let Some(job) = jobs.open.front().cloned() {
+                let part = job.next_part.fetch_add(1, Ordering::Relaxed);
+                if part + 1 >= job.adapter.num_parts() {
+                    jobs.open.pop_front();
+                }
+                return Some((job, part));
+            }
+            jobs = self.condvar.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn answer(&self, job: &Job) {
+        self.lock().unanswered.retain(|other| other.id != job.id);
+        let result = match job.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            None => Ok(()),
+            Some(reason) => Err(reason),
+        };
+        // A closed inbox: nobody waits for the adapter any more.
+        let _ = self.inbox.push(Command::Loaded(job.id, result, job.started.elapsed()));
+    }
+}

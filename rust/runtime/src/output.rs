@@ -1,0 +1,322 @@
+//! What a request has brought so far, between the delivery thread and the request's reader.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use slora_core::{EndReason, RequestId};
+use slora_text::{Detokenizer, StopStrings, TextError};
+
+use crate::error::RequestError;
+use crate::inbox::{Command, Inbox};
+use crate::mailbox::Wake;
+
+/// Log-probabilities of one position, of the raw model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token that stands there.
+    pub logprob: f32,
+    /// The best tokens, best first, as many as were asked for.
+    pub best: Vec<(u32, f32)>,
+}
+
+/// One generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    /// Its id.
+    pub token: u32,
+    /// Text that is complete and safe to show with it: whole characters, and nothing that may begin a stop string.
+    pub text: String,
+    /// If asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug)]
+pub enum End {
+    /// An end-of-sequence or stop token, the last one of the output.
+    StopToken(u32),
+    /// A stop string, by its index.
+    StopString(usize),
+    /// As many tokens as were asked for.
+    Length,
+    /// Its reader's wish.
+    Cancelled,
+    /// It was refused, or something failed.
+    Error(RequestError),
+}
+
+/// What is new since the last [`Output::take`].
+#[derive(Clone, Debug, Default)]
+pub struct Delta {
+    /// The engine has taken the request into its queue.
+    pub is_accepted: bool,
+    /// New tokens.
+    pub pieces: Vec<Piece>,
+    /// With the end: text that was held back and belongs to no single token.
+    pub tail: String,
+    /// New log-probabilities of prompt tokens, from the second one on.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The end, if it came. Nothing comes after it.
+    pub end: Option<End>,
+}
+
+/// Text of a request, made from its ids when they are taken, or at once where stop strings are looked for.
+pub(crate) struct TextState {
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+}
+
+impl TextState {
+    pub fn new(detokenizer: Detokenizer, stops: StopStrings) -> Self {
+        Self { detokenizer, stops }
+    }
+
+    /// The text that a token completes, and the stop string that ends it.
+    fn push(&mut self, token: u32) -> Result<(String, Option<usize>), TextError> {
+        let text = self.detokenizer.push(token)?;
+        if self.stops.is_empty() {
+            return Ok((text, None));
+        }
+        let progress = self.stops.push(&text);
+        Ok((progress.text, progress.stopped))
+    }
+
+    fn finish(&mut self) -> (String, Option<usize>) {
+        let rest = self.detokenizer.finish();
+        let mut progress = self.stops.push(&rest);
+        if progress.stopped.is_none() {
+            progress.text.push_str(&self.stops.finish());
+        }
+        (progress.text, progress.stopped)
+    }
+}
+
+/// What the delivery thread and the reader share.
+pub(crate) struct Channel {
+    pub id: RequestId,
+    pub adapter: Option<Arc<str>>,
+    pub num_logprobs: Option<u32>,
+    pub num_prompt_logprobs: Option<u32>,
+    /// Text is made at once, because the engine waits for what the stop strings say.
+    pub has_stops: bool,
+    wake: Arc<dyn Wake>,
+    wakes_on_token: bool,
+    state: Mutex<ChannelState>,
+}
+
+#[derive(Default)]
+struct ChannelState {
+    text: Option<TextState>,
+    delta: Delta,
+    /// Pieces of the delta whose text is made.
+    num_decoded: usize,
+    num_tokens: u32,
+    /// The token of the running step ends the request and is no text.
+    hides_last: bool,
+    /// The last piece is such a token.
+    is_last_hidden: bool,
+    /// The reader was told and has not looked yet.
+    is_signalled: bool,
+    is_taken_to_end: bool,
+}
+
+/// What a token meant for the request's text.
+pub(crate) enum TextProgress {
+    /// Nothing that the engine must know.
+    Quiet,
+    /// This many tokens hold no stop string.
+    Checked(u32),
+    /// The text has ended: the engine need not go on.
+    Ended,
+}
+
+impl Channel {
+    pub fn new(
+        id: RequestId,
+        adapter: Option<Arc<str>>,
+        num_logprobs: Option<u32>,
+        num_prompt_logprobs: Option<u32>,
+        text: Option<TextState>,
+        wake: Arc<dyn Wake>,
+        wakes_on_token: bool,
+    ) -> Self {
+        let has_stops = text.as_ref().is_some_and(|text| !text.stops.is_empty());
+        let state = Mutex::new(ChannelState { text, ..ChannelState::default() });
+        Self { id, adapter, num_logprobs, num_prompt_logprobs, has_stops, wake, wakes_on_token, state }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ChannelState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn signal(&self, mut state: MutexGuard<'_, ChannelState>) {
+        if !std::mem::replace(&mut state.is_signalled, true) {
+            drop(state);
+            self.wake.wake(self.id);
+        }
+    }
+
+    pub fn accept(&self) {
+        let mut state = self.lock();
+        state.delta.is_accepted = true;
+        if self.wakes_on_token {
+            self.signal(state);
+        }
+    }
+
+    /// The next token ends the request and is no text.
+    pub fn hide_next(&self) {
+        self.lock().hides_last = true;
+    }
+
+    pub fn push(&self, token: u32, logprobs: Option<TokenLogprobs>) -> TextProgress {
+        let mut state = self.lock();
+        if state.delta.end.is_some() {
+            return TextProgress::Quiet;
+        }
+        state.num_tokens += 1;
+        state.is_last_hidden = state.hides_last;
+        state.delta.pieces.push(Piece { token, text: String::new(), logprobs });
+        let mut progress = TextProgress::Quiet;
+        if self.has_stops {
+            state.decode();
+            let is_over = state.delta.end.is_some();
+            progress = if is_over { TextProgress::Ended } else { TextProgress::Checked(state.num_tokens) };
+        }
+        if self.wakes_on_token || state.delta.end.is_some() {
+            self.signal(state);
+        }
+        progress
+    }
+
+    pub fn push_prompt_logprobs(&self, logprobs: impl Iterator<Item = TokenLogprobs>) {
+        self.lock().delta.prompt_logprobs.extend(logprobs);
+    }
+
+    /// The first end stands: what the engine says after a stop string was found comes too late.
+    pub fn end(&self, end: End) {
+        let mut state = self.lock();
+        if state.delta.end.is_none() {
+            state.decode();
+            if state.delta.end.is_none() {
+                state.delta.end = Some(end);
+            }
+            state.finish();
+            self.signal(state);
+        }
+    }
+
+    pub fn end_by(&self, reason: EndReason) {
+        self.end(match reason {
+            EndReason::Stop(token) => End::StopToken(token),
+            EndReason::Length => End::Length,
+            EndReason::Cancelled => End::Cancelled,
+            EndReason::AdapterFailed(reason) => {
+                let name = self.adapter.clone().unwrap_or_default();
+                End::Error(RequestError::AdapterFailed { name, reason })
+            }
+            _ => End::Error(RequestError::NotFinite),
+        });
+    }
+}
+
+impl ChannelState {
+    /// Makes the text of the pieces that have none yet. A stop string or an error ends the request.
+    fn decode(&mut self) {
+        let Some(text) = &mut self.text else {
+            self.num_decoded = self.delta.pieces.len();
+            return;
+        };
+        let visible = self.delta.pieces.len() - usize::from(self.is_last_hidden && !self.delta.pieces.is_empty());
+        while self.num_decoded < visible && self.delta.end.is_none() {
+            let piece = &mut self.delta.pieces[self.num_decoded];
+            match text.push(piece.token) {
+                Ok((new, stopped)) => {
+                    piece.text = new;
+                    self.delta.end = stopped.map(End::StopString);
+                }
+                Err(error) => self.delta.end = Some(End::Error(error.into())),
+            }
+            self.num_decoded += 1;
+        }
+        if matches!(self.delta.end, Some(End::StopString(_))) {
+            // Tokens behind the stop are not part of the output.
+            self.delta.pieces.truncate(self.num_decoded);
+        }
+    }
+
+    /// Shows what was held back.
+    fn finish(&mut self) {
+        let Some(mut text) = self.text.take() else { return };
+        let is_natural = matches!(self.delta.end, Some(End::StopToken(_) | End::Length | End::Cancelled));
+        if is_natural {
+            let (tail, stopped) = text.finish();
+            self.delta.tail = tail;
+            if let Some(index) = stopped {
+                self.delta.end = Some(End::StopString(index));
+            }
+        }
+    }
+}
+
+/// The reader's end of a request. Dropping it cancels the request.
+pub struct Output {
+    pub(crate) channel: Arc<Channel>,
+    pub(crate) inbox: Arc<Inbox>,
+    prompt: Vec<u32>,
+}
+
+impl Output {
+    pub(crate) fn new(channel: Arc<Channel>, inbox: Arc<Inbox>, prompt: Vec<u32>) -> Self {
+        Self { channel, inbox, prompt }
+    }
+
+    /// The request's id, as its [`Wake`] is told.
+    pub fn id(&self) -> RequestId {
+        self.channel.id
+    }
+
+    /// The adapter's name; `None`: the base model.
+    pub fn adapter(&self) -> Option<&Arc<str>> {
+        self.channel.adapter.as_ref()
+    }
+
+    /// The prompt's token ids.
+    pub fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+
+    /// What is new. Text is made here, on the reader's time.
+    pub fn take(&self) -> Delta {
+        let mut state = self.channel.lock();
+        state.is_signalled = false;
+        state.decode();
+        let had_end = state.delta.end.is_some();
+        if had_end {
+            state.finish();
+            state.is_taken_to_end = true;
+        }
+        state.num_decoded = 0;
+        state.is_last_hidden = false;
+        let next = Delta { is_accepted: state.delta.is_accepted, end: state.delta.end.clone(), ..Delta::default() };
+        let delta = std::mem::replace(&mut state.delta, next);
+        drop(state);
+        if matches!(delta.end, Some(End::StopString(_) | End::Error(_))) {
+            self.cancel();
+        }
+        delta
+    }
+
+    /// Ends the request within one step, wherever it is; does nothing if it has ended.
+    pub fn cancel(&self) {
+        // A closed inbox: every request has ended.
+        let _ = self.inbox.push(Command::Cancel(self.channel.id));
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if self.channel.lock().delta.end.is_none() {
+            self.cancel();
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! What everybody but the step thread holds.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+use slora_core::{AdapterInfo, ConfigError, Engine, EngineConfig, NewRequest, RequestId, SamplingParams, SubmitError};
+use slora_store::{Adapter, BaseSpec, Report};
+use slora_text::{Detokenizer, StopStrings, TextModel};
+
+use crate::delivery::{Delivery, Message};
+use crate::error::{RegisterError, RequestError};
+use crate::host::HostMemory;
+use crate::inbox::{Command, Inbox, Refused};
+use crate::loader::Loader;
+use crate::mailbox::Wake;
+use crate::output::{Channel, End, Output, TextState};
+use crate::stepper::Stepper;
+
+/// What the runtime is told once.
+#[derive(Debug)]
+pub struct RuntimeConfig {
+    /// The engine's sizes and limits; host pages follow from the host memory.
+    pub engine: EngineConfig,
+    /// The base model, as adapters see it; its page limit is the engine's.
+    pub base: BaseSpec,
+    /// Threads that pack adapters.
+    pub num_loaders: usize,
+    /// Of random numbers of requests that bring no seed.
+    pub seed: u64,
+}
+
+/// Whether the runtime works.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// It does.
+    #[default]
+    Running,
+    /// A step failed, for this reason: every request has ended and no more are taken.
+    Failed(Arc<str>),
+    /// It was closed.
+    Closed,
+}
+
+/// Counters and gauges, as of the last step.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The engine's.
+    pub engine: slora_core::Stats,
+    /// Time that loads from disk took, in microseconds, summed up.
+    pub load_us: u64,
+}
+
+/// One request, as a client gives it.
+pub struct Submission {
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// The adapter's name; `None`: the base model.
+    pub adapter: Option<Arc<str>>,
+    /// How tokens are chosen. `seed`, `max_tokens` and `has_stop_strings` are overwritten from the fields below.
+    pub params: SamplingParams,
+    /// `None`: as many tokens as the context holds.
+    pub max_tokens: Option<u32>,
+    /// `None`: one that no other request has.
+    pub seed: Option<u64>,
+    /// Strings that end the text.
+    pub stops: Vec<String>,
+    /// Whether the text keeps the stop string that ended it.
+    pub include_stop: bool,
+    /// Whether special tokens are left out of the text.
+    pub skip_special_tokens: bool,
+    /// Told when there is something new.
+    pub wake: Arc<dyn Wake>,
+    /// Whether each token is something new, or only the end.
+    pub wakes_on_token: bool,
+}
+
+/// An adapter as its name means it now.
+#[derive(Clone, Debug)]
+pub struct AdapterDetails {
+    /// The engine's view.
+    pub info: AdapterInfo,
+    /// The checkpoint: tensor accounting, ranks, files.
+    pub checkpoint: Option<Arc<Adapter>>,
+}
+
+/// What client threads and the step thread share.
+pub(crate) struct Shared {
+    pub inbox: Arc<Inbox>,
+    state: Mutex<State>,
+    snapshot: Mutex<Snapshot>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn publish(&self, snapshot: Snapshot) {
+        *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = snapshot;
+    }
+}
+
+/// The clients' side of an engine; every call may come from any thread.
+pub struct Runtime {
+    shared: Arc<Shared>,
+    config: EngineConfig,
+    base: BaseSpec,
+    text: Option<Arc<TextModel>>,
+    seed: u64,
+    next_id: AtomicU64,
+    delivery: Mutex<Delivery>,
+    messages: mpsc::SyncSender<Message>,
+}
+
+impl Runtime {
+    /// Longest name of an adapter, in bytes.
+    pub const MAX_NAME_LEN: usize = 128;
+
+    /// Starts loaders and the delivery thread. The stepper goes to the thread that runs steps.
+    ///
+    /// # Errors
+    /// A configuration with which no engine works.
+    ///
+    /// # Panics
+    /// If the system cannot start a thread.
+    pub fn new(
+        config: RuntimeConfig,
+        host: HostMemory,
+        text: Option<Arc<TextModel>>,
+    ) -> Result<(Self, Stepper), ConfigError> {
+        let RuntimeConfig { engine, mut base, num_loaders, seed } = config;
+        let engine = Engine::new(EngineConfig { num_host_pages: host.num_pages(), ..engine })?;
+        base.max_adapter_pages = engine.config().max_adapter_pages;
+        let inbox = Arc::new(Inbox::default());
+        let shared = Arc::new(Shared { inbox: inbox.clone(), state: Mutex::default(), snapshot: Mutex::default() });
+        let started =
+            Delivery::new(inbox.clone()).and_then(|delivery| Ok((delivery, Loader::new(num_loaders, inbox)?)));
+        let Ok((delivery, loader)) = started else { panic!("the system cannot start a thread") };
+        let messages = delivery.sender();
+        let config = engine.config().clone();
+        let stepper = Stepper::new(engine, host, loader, messages.clone(), shared.clone());
+        let (next_id, delivery) = (AtomicU64::new(1), Mutex::new(delivery));
+        Ok((Self { shared, config, base, text, seed, next_id, delivery, messages }, stepper))
+    }
+
+    /// The engine's configuration, with limits lowered to what can be reached.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The base model, as adapters see it.
+    pub fn base(&self) -> &BaseSpec {
+        &self.base
+    }
+
+    /// The model folder's text side, if it has a tokenizer.
+    pub fn text(&self) -> Option<&Arc<TextModel>> {
+        self.text.as_ref()
+    }
+
+    /// Whether requests are taken.
+    pub fn state(&self) -> State {
+        self.shared.state().clone()
+    }
+
+    /// Counters and gauges, as of the last step.
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn stopped(&self) -> RequestError {
+        match self.state() {
+            State::Failed(reason) => RequestError::EngineFailed(reason),
+            _ => RequestError::Closed,
+        }
+    }
+
+    /// Queues a request. What only the engine can refuse, such as an unknown adapter, comes as the request's end.
+    ///
+    /// # Errors
+    /// Stop strings that cannot be looked for, too many requests on their way, a stopped engine.
+    pub fn submit(&self, submission: Submission) -> Result<Output, RequestError> {
+        let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let text = self.text_state(&submission)?;
+        let params = self.params(&submission, id);
+        let Submission { prompt, adapter, wake, wakes_on_token, .. } = submission;
+        let (logprobs, prompt_logprobs) = (params.logprobs, params.prompt_logprobs);
+        let channel = Channel::new(id, adapter.clone(), logprobs, prompt_logprobs, text, wake, wakes_on_token);
+        let output = Output::new(Arc::new(channel), self.shared.inbox.clone(), prompt.clone());
+        let request = NewRequest { id, adapter, prompt, params: Arc::new(params) };
+        let max_waiting = self.config.max_waiting;
+        match self.shared.inbox.submit(request, output.channel.clone(), max_waiting as usize) {
+            Ok(()) => Ok(output),
+            Err(Refused::Full) => Err(SubmitError::QueueFull { max_waiting }.into()),
+            Err(Refused::Closed) => Err(self.stopped()),
+        }
+    }
+
+    fn params(&self, submission: &Submission, id: RequestId) -> SamplingParams {
+        let left = self.config.max_context.saturating_sub(submission.prompt.len() as u32);
+        SamplingParams {
+            max_tokens: submission.max_tokens.unwrap_or(left.max(1)),
+            seed: submission.seed.unwrap_or_else(|| mix(self.seed, id.0)),
+            has_stop_strings: !submission.stops.is_empty(),
+            ..submission.params.clone()
+        }
+    }
+
+    fn text_state(&self, submission: &Submission) -> Result<Option<TextState>, RequestError> {
+        let stops = StopStrings::new(submission.stops.clone(), submission.include_stop)?;
+        match &self.text {
+            Some(model) => Ok(Some(TextState::new(Detokenizer::new(model, submission.skip_special_tokens), stops))),
+            None if stops.is_empty() => Ok(None),
+            None => Err(RequestError::NoTokenizer("stop strings cannot be looked for")),
+        }
+    }
+
+    /// Runs `call` on the step thread before its next step, and waits for the result.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Stepper) -> T + Send + 'static,
+    ) -> Result<T, RequestError> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let call = Box::new(move |stepper: &mut Stepper| {
+            // A caller that is gone wants no result.
+            let _ = sender.send(call(stepper));
+        });
+        self.shared.inbox.push(Command::Call(call)).map_err(|_| self.stopped())?;
+        receiver.recv().map_err(|_| self.stopped())
+    }
+
+    /// Makes the checkpoint at `path` known under `name`; its weights are read when a request wants them. With `replace`,
+    /// a taken name gets a new version. `pinned`: load it now and keep it on the device.
+    ///
+    /// # Errors
+    /// A name that cannot be one, a checkpoint that cannot be served exactly, a taken name.
+    pub fn register(
+        &self,
+        name: &str,
+        path: &Path,
+        replace: bool,
+        pinned: bool,
+    ) -> Result<AdapterDetails, RegisterError> {
+        check_name(name)?;
+        let adapter = Adapter::open(path, &self.base)?;
+        let name: Arc<str> = name.into();
+        let call = move |stepper: &mut Stepper| {
+            stepper.register(name, adapter, replace, pinned).map(|info| stepper.details(info))
+        };
+        self.call(call).map_err(RegisterError::Stopped)?
+    }
+
+    /// The tensor accounting of a checkpoint; nothing is registered.
+    ///
+    /// # Errors
+    /// Why it cannot be served exactly.
+    pub fn validate(&self, path: &Path) -> Result<Report, slora_store::AdapterError> {
+        Ok(Adapter::open(path, &self.base)?.report().clone())
+    }
+
+    /// Forgets a name; unfinished requests finish first.
+    ///
+    /// # Errors
+    /// No such name.
+    pub fn unload(&self, name: &str) -> Result<(), RegisterError> {
+        let name = name.to_owned();
+        Ok(self.call(move |stepper| stepper.unload(&name)).map_err(RegisterError::Stopped)??)
+    }
+
+    /// Keeps an adapter on the device, or no longer.
+    ///
+    /// # Errors
+    /// No such name.
+    pub fn pin(&self, name: &str, is_pinned: bool) -> Result<(), RegisterError> {
+        let name = name.to_owned();
+        Ok(self.call(move |stepper| stepper.pin(&name, is_pinned)).map_err(RegisterError::Stopped)??)
+    }
+
+    /// What a name means now; `None`: nothing.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn adapter(&self, name: &str) -> Result<Option<AdapterDetails>, RequestError> {
+        let name = name.to_owned();
+        self.call(move |stepper| stepper.engine().adapter_info(&name).map(|info| stepper.details(info)))
+    }
+
+    /// All names, in alphabetical order.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn adapters(&self) -> Result<Vec<AdapterDetails>, RequestError> {
+        let all = self.call(|stepper| {
+            let infos: Vec<AdapterInfo> = stepper.engine().adapters().collect();
+            infos.into_iter().map(|info| stepper.details(info)).collect::<Vec<_>>()
+        })?;
+        let mut all = all;
+        all.sort_by(|a, b| a.info.name.cmp(&b.info.name));
+        Ok(all)
+    }
+
+    /// Waits, on the step thread, until there may be something to plan, or the time is over. Whether the runtime is running.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        self.shared.inbox.wait(timeout)
+    }
+
+    /// Whether steps are to be run: it is neither failed nor closing.
+    pub fn is_open(&self) -> bool {
+        self.shared.inbox.is_open()
+    }
+
+    /// Ends every request with an error, because a step failed. Nothing is taken afterwards.
+    pub fn fail(&self, reason: &str) {
+        self.stop(State::Failed(reason.into()));
+    }
+
+    /// Takes nothing more and ends every request. The step thread sees it by [`wait`](Self::wait); after its last call,
+    /// [`close`](Self::close) waits for the other threads.
+    pub fn begin_close(&self) {
+        self.stop(State::Closed);
+    }
+
+    fn stop(&self, to: State) {
+        let mut state = self.shared.state();
+        if *state != State::Running {
+            return;
+        }
+        *state = to;
+        drop(state);
+        let error = self.stopped();
+        for command in self.shared.inbox.close() {
+            if let Command::Submit(_, channel) = command {
+                channel.end(End::Error(error.clone()));
+            }
+        }
+        let _ = self.messages.send(Message::EndAll(error));
+    }
+
+    /// Waits for loaders and the delivery thread: afterwards nobody touches host pages. `stepper`: the step thread's, which
+    /// has ended; without it, its loaders are waited for when it is dropped.
+    pub fn close(&self, stepper: Option<&mut Stepper>) {
+        self.begin_close();
+        if let Some(stepper) = stepper {
+            stepper.close();
+        }
+        self.delivery.lock().unwrap_or_else(PoisonError::into_inner).close();
+    }
+}
+
+fn check_name(name: &str) -> Result<(), RegisterError> {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let is_name = !name.is_empty() && name.len() <= Runtime::MAX_NAME_LEN && name.bytes().all(is_allowed);
+    is_name.then_some(()).ok_or_else(|| RegisterError::Name(name.to_owned()))
+}
+
+/// Spreads (seed, number) over 64 bits (SplitMix64).
+fn mix(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
