@@ -41,7 +41,7 @@ impl Scratch {
 enum Admission {
     /// It runs, with this many rows in this step.
     Admitted(u32),
-    /// It waits for a copy or a token in flight, and blocks nobody.
+    /// It waits for a copy, a token in flight or its text's check, and blocks nobody.
     Skip,
     /// Nobody is admitted before it.
     Stop,
@@ -165,7 +165,7 @@ impl Engine {
     fn try_admit(&mut self, now_us: u64, place: u32, budget: u32) -> Admission {
         let request = self.request(place);
         let (len, adapter, has_penalties) = (request.tokens.len() as u32, request.adapter, request.has_penalties);
-        if request.pending > 0 {
+        if request.pending > 0 || request.waits_for_check() {
             return Admission::Skip;
         }
         if has_penalties && self.scratch.num_reset_tokens + len > self.layout.max_reset_tokens {
