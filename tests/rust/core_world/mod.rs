@@ -10,5 +10,5 @@ mod random;
 mod rules;
 mod world;
 
-pub use random::{Random, random_config, random_params};
-pub use world::{Live, World};
+pub use random::{Random, random_config};
+pub use world::World;

@@ -39,11 +39,11 @@ impl Random {
 pub fn random_config(random: &mut Random) -> EngineConfig {
     EngineConfig {
         num_pages: random.between(8, 40),
-        num_host_pages: random.between(4, 20),
+        num_host_pages: random.between(3, 14),
         page_tokens: random.pick(&[1, 2, 4]),
         max_batch_tokens: random.pick(&[1, 2, 3, 5, 8, 24]),
         max_running: random.between(1, 6),
-        max_waiting: random.between(3, 12),
+        max_waiting: random.between(3, 16),
         max_adapters: random.between(1, 4),
         max_context: random.between(8, 48),
         max_adapter_pages: random.between(1, 6),

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slora_core::{
-    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load,
-    NewRequest, RequestId, SamplingParams, SubmitError,
+    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, NewRequest,
+    RequestId, SamplingParams, SubmitError,
 };
 
 use super::executor::{Executor, Output};
@@ -72,18 +72,18 @@ impl World {
     /// One random operation, then all invariants.
     pub fn operate(&mut self) {
         self.now_us += u64::from(self.random.below(3)) * 1_000_000;
-        match self.random.below(100) {
-            0..12 => self.submit_random(),
-            12..15 => self.cancel_random(),
-            15..40 => self.schedule(),
-            40..62 => self.commit(),
-            62..70 => drop(self.executor.copy_one()),
-            70..74 => drop(self.executor.compute_one()),
-            74..80 => self.report_copies(),
-            80..88 => self.answer_load_random(),
-            88..91 => self.register_random(),
-            91..92 => self.unload_random(),
-            92..94 => self.pin_random(),
+        match self.random.below(200) {
+            0..26 => self.submit_random(),
+            26..28 => self.cancel_random(),
+            28..84 => self.schedule(),
+            84..134 => self.commit(),
+            134..146 => drop(self.executor.copy_one()),
+            146..152 => drop(self.executor.compute_one()),
+            152..164 => self.report_copies(),
+            164..184 => self.answer_load_random(),
+            184..189 => self.register_random(),
+            189..190 => self.unload_random(),
+            190..193 => self.pin_random(),
             _ => self.check_text_random(),
         }
         self.listen();
@@ -223,7 +223,7 @@ impl World {
     fn answer_load_random(&mut self) {
         if !self.loads.is_empty() {
             let i = self.random.below(self.loads.len() as u32) as usize;
-            let fails = self.random.chance(10);
+            let fails = self.random.chance(4);
             self.answer_load(i, fails);
         }
     }
