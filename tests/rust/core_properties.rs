@@ -7,7 +7,9 @@ mod core_world;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use core_world::{Random, World, random_config};
+use core_world::World;
+use core_world::random::{Random, random_config};
+use slora_core::{Owner, PagePool};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |value| value.parse().unwrap())
@@ -79,4 +81,72 @@ fn the_same_inputs_give_the_same_plans() {
         assert_eq!(first.trace, second.trace);
         assert_eq!(first.engine.stats(), second.engine.stats());
     }
+}
+
+/// One page of the model: who holds it, how often, and when it was last freed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct ModelPage {
+    owner: Owner,
+    references: u32,
+    freed_step: u32,
+}
+
+#[test]
+fn the_page_pool_matches_a_plain_model() {
+    const NUM_PAGES: u32 = 12;
+    let free_page = ModelPage { owner: Owner::Free, references: 0, freed_step: 0 };
+    let (mut pool, mut random) = (PagePool::new(NUM_PAGES), Random::new(1));
+    let mut model = vec![free_page; NUM_PAGES as usize];
+    let mut free: Vec<u32> = (0..NUM_PAGES).rev().collect();
+    let mut pages = Vec::new();
+    for operation in 0..setting("SLORA_POOL_OPERATIONS", 10_000_000) {
+        let (step, page) = ((operation / 8) as u32, random.below(NUM_PAGES));
+        let is_used = model[page as usize].references > 0;
+        let owner = random.pick(&[Owner::Kv, Owner::Adapter]);
+        match random.below(8) {
+            0..3 => {
+                let expected = free.pop();
+                assert_eq!(pool.allocate(owner), expected, "the last page that was freed is given first");
+                expected.iter().for_each(|page| give(&mut model, *page, owner));
+            }
+            3 => {
+                let count = random.below(5);
+                pages.clear();
+                let is_possible = free.len() >= count as usize;
+                assert_eq!(pool.allocate_many(owner, count, &mut pages), is_possible);
+                assert_eq!(pages.len(), if is_possible { count as usize } else { 0 });
+                for page in &pages {
+                    assert_eq!(free.pop(), Some(*page));
+                    give(&mut model, *page, owner);
+                }
+            }
+            4 if is_used && model[page as usize].references < 4 => {
+                pool.share(page);
+                model[page as usize].references += 1;
+            }
+            _ if is_used => {
+                pool.free(page, step);
+                model[page as usize].references -= 1;
+                if model[page as usize].references == 0 {
+                    model[page as usize] = ModelPage { freed_step: step, ..free_page };
+                    free.push(page);
+                }
+            }
+            _ => {}
+        }
+        let found =
+            ModelPage { owner: pool.owner(page), references: pool.references(page), freed_step: pool.freed_step(page) };
+        assert_eq!(found, model[page as usize]);
+        assert_eq!(pool.num_free() as usize, free.len());
+        if operation % 64 == 0 {
+            pool.check();
+            let num_kv = model.iter().filter(|page| page.owner == Owner::Kv).count();
+            assert_eq!(pool.num_owned(Owner::Kv) as usize, num_kv);
+        }
+    }
+}
+
+fn give(model: &mut [ModelPage], page: u32, owner: Owner) {
+    let entry = &mut model[page as usize];
+    (entry.owner, entry.references) = (owner, 1);
 }

@@ -6,9 +6,8 @@
 pub mod executor;
 pub mod model;
 pub mod plan;
-mod random;
+pub mod random;
 mod rules;
 mod world;
 
-pub use random::{Random, random_config};
 pub use world::World;

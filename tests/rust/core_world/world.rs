@@ -202,7 +202,7 @@ impl World {
     }
 
     /// Takes what the engine has for the loaders.
-    fn collect(&mut self) {
+    pub fn collect(&mut self) {
         while let Some(load) = self.engine.next_load() {
             assert!(self.loads.iter().all(|other| other.adapter != load.adapter), "an adapter is loaded once");
             let is_free = |page| self.loads.iter().all(|other| !other.pages.contains(page));
@@ -229,7 +229,7 @@ impl World {
     }
 
     fn answer_load(&mut self, i: usize, fails: bool) {
-        let load = self.loads.swap_remove(i);
+        let load = self.loads.remove(i);
         let content = self.contents[&load.adapter];
         if fails {
             self.failed.insert(load.adapter);
@@ -300,7 +300,7 @@ impl World {
         }
     }
 
-    fn check_text(&mut self, id: RequestId) {
+    pub fn check_text(&mut self, id: RequestId) {
         let live = self.live.get_mut(&id).unwrap();
         live.checked = live.sequence.num_generated() as u32;
         self.engine.checked(id, live.checked);
@@ -330,6 +330,34 @@ impl World {
             *self.num_ended.entry(live.hear_end(&event.reason, &self.failed)).or_default() += 1;
         }
         self.events = events;
+    }
+
+    /// One step with everything that belongs to it, nothing overlapped. Returns the plan, if there was one.
+    pub fn step(&mut self) -> Option<super::plan::Plan> {
+        let plan = self.launch();
+        if plan.is_some() {
+            self.commit_oldest();
+        }
+        while self.executor.copy_one() {}
+        self.report_copies();
+        while !self.loads.is_empty() {
+            self.answer_load(0, false);
+        }
+        self.listen();
+        self.engine.check();
+        plan
+    }
+
+    /// Loads that were ordered and not answered.
+    pub fn num_loads(&self) -> usize {
+        self.loads.len()
+    }
+
+    /// Answers the oldest load.
+    pub fn answer_oldest_load(&mut self, fails: bool) {
+        self.answer_load(0, fails);
+        self.listen();
+        self.engine.check();
     }
 
     /// Answers everything until no request is left: nothing waits for ever.
