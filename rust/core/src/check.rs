@@ -110,6 +110,7 @@ impl Engine {
         let expected: Vec<u64> = is_ready.into_iter().filter(|(_, ready)| *ready).map(|(seq, _)| seq).collect();
         assert_eq!(ready, expected, "a waiting request is ready exactly if its adapter can run");
         let (mut idle_pages, mut num_resident, mut num_loading, mut outside_pages, mut num_copying) = (0, 0, 0, 0, 0);
+        let mut num_listed = 0;
         for (index, adapter) in self.registry.iter() {
             assert_eq!(
                 adapter.pins,
@@ -136,8 +137,19 @@ impl Engine {
                 matches!(adapter.host, HostImage::Ready(_)),
                 "whole host images are listed"
             );
-            let load_key = adapter.waiting.keys().next().copied().filter(|_| adapter.wants_load());
-            assert_eq!(adapter.load_key, load_key, "an adapter that is waited for is in the order of loads");
+            let listed = adapter.load_key.map(|key| self.load_order.get(&key));
+            assert_eq!(
+                adapter.load_key,
+                adapter.wants_load(),
+                "an adapter that is waited for is in the order of loads"
+            );
+            assert!(listed.is_none_or(|listed| listed == Some(&index)), "the order of loads names it");
+            assert_eq!(adapter.wish_key.is_some(), adapter.is_wished(), "an adapter that is wished for is listed");
+            assert!(adapter.wish_key.is_none_or(|key| self.wanted.get(&key) == Some(&index)), "its wish names it");
+            assert_eq!(self.absent_pins.contains(&index), adapter.is_absent_pin(), "absent pinned adapters are listed");
+            assert_eq!(self.pinned.contains(&index), adapter.is_pinned, "pinned adapters are listed");
+            num_listed += usize::from(adapter.load_key.is_some()) + usize::from(adapter.wish_key.is_some());
+            num_listed += usize::from(adapter.is_absent_pin()) + usize::from(adapter.is_pinned);
             if let DeviceImage::Copying { pages, is_outside, .. } = &adapter.device {
                 num_copying += 1;
                 outside_pages += if *is_outside { pages.len() as u32 } else { 0 };
@@ -149,6 +161,8 @@ impl Engine {
                 assert!(adapter.unfinished > 0 || in_flight, "a retired version goes away with its last request");
             }
         }
+        let lists = [self.load_order.len(), self.wanted.len(), self.absent_pins.len(), self.pinned.len()];
+        assert_eq!(lists.iter().sum::<usize>(), num_listed, "the lists name nobody else");
         assert_eq!(self.idle_pages, idle_pages, "pages of idle adapters are counted");
         assert_eq!(self.num_resident, num_resident, "resident adapters are counted");
         assert_eq!(self.num_loading, num_loading, "loads are counted");

@@ -136,8 +136,9 @@ impl Request {
         self.tokens.len() as u32 + self.pending
     }
 
+    /// Generated tokens, known or on their way.
     pub fn num_generated(&self) -> u32 {
-        self.tokens.len() as u32 - self.prompt_len
+        self.known_len() - self.prompt_len
     }
 
     /// Rows that could be computed now.
@@ -150,8 +151,6 @@ impl Request {
 
     /// Whether the next row must wait until the text so far was checked for stop strings.
     pub fn waits_for_check(&self) -> bool {
-        self.params.has_stop_strings
-            && self.known_len() > self.prompt_len
-            && self.known_len() - self.prompt_len >= self.checked + SamplingParams::MAX_UNCHECKED
+        self.params.has_stop_strings && self.num_generated() >= self.checked + SamplingParams::MAX_UNCHECKED
     }
 }
