@@ -1,4 +1,5 @@
 //! Requests through the runtime's threads, with an executor that samples from a script.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
