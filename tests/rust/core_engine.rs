@@ -276,21 +276,53 @@ fn prefetching_takes_no_pages_that_the_next_request_waits_for() {
     let mut world = World::new(EngineConfig { num_pages: 16, num_host_pages: 40, max_context: 64, ..config() }, 0);
     let others = names("o", 6);
     load(&mut world, &others, 2);
-    // Alone, it evicts all of them; a second one must wait until it is gone.
-    submit(&mut world, None, 56, 8);
+    // Alone, it evicts all of them.
+    submit(&mut world, None, 60, 1);
+    world.run_to_the_end();
+    submit(&mut world, None, 24, 8);
     world.step();
     let next = submit(&mut world, None, 52, 4);
     for name in &others {
         submit(&mut world, Some(name), 2, 1);
     }
-    let before = world.engine.stats().prefetches;
-    while world.engine.stats().running > 0 && world.live.len() == 8 {
+    let before = world.engine.stats();
+    assert_eq!((before.free_pages, before.resident_adapters), (10, 0), "some pages are free, but they are not spare");
+    while world.live.len() == 8 {
         world.step();
+        assert_eq!(world.engine.stats().prefetches, before.prefetches);
     }
-    assert_eq!(world.engine.stats().prefetches, before);
     world.step();
     assert!(world.live.contains_key(&next) && world.engine.stats().running == 1, "it is the next to run");
     world.run_to_the_end();
+}
+
+#[test]
+fn a_step_orders_no_more_copies_than_its_arrays_hold() {
+    let (num_pages, num_host_pages, max_adapter_pages) = (40_000, 20_000, 9_000);
+    let mut world = World::new(EngineConfig { num_pages, num_host_pages, max_adapter_pages, ..config() }, 0);
+    for name in ["x", "y"] {
+        world.register(name, 9_000, false).unwrap();
+        submit(&mut world, Some(name), 4, 4);
+    }
+    assert!(world.step().is_none(), "both are loaded");
+    let num_copies = [world.step().unwrap().counts.num_copies, world.step().unwrap().counts.num_copies];
+    assert_eq!(num_copies, [9_000, 9_000], "the second waits for the next step");
+    world.run_to_the_end();
+}
+
+#[test]
+fn nobody_is_evicted_for_a_request_that_cannot_run_yet() {
+    let mut world = World::new(EngineConfig { num_pages: 16, ..config() }, 0);
+    load(&mut world, &["x".into(), "y".into()], 4);
+    submit(&mut world, None, 16, 12);
+    world.step();
+    // Its own adapter must stay, and without it there are 3 + 4 pages for its 8.
+    let next = submit(&mut world, Some("x"), 32, 1);
+    world.step();
+    let stats = world.engine.stats();
+    assert_eq!((stats.adapter_evictions, stats.resident_adapters, stats.waiting), (0, 2, 1));
+    world.run_to_the_end();
+    assert!(!world.live.contains_key(&next));
 }
 
 #[test]
