@@ -5,7 +5,7 @@ mod core_world;
 
 use core_world::World;
 use core_world::model::VOCAB;
-use slora_core::{AdapterState, EngineConfig, NewRequest, RequestId, SamplingParams, SubmitError};
+use slora_core::{AdapterState, EngineConfig, Eviction, NewRequest, RequestId, SamplingParams, SubmitError};
 
 fn config() -> EngineConfig {
     EngineConfig {
@@ -144,6 +144,33 @@ fn names(prefix: &str, count: u32) -> Vec<String> {
 }
 
 #[test]
+fn a_load_that_was_given_up_is_no_failure() {
+    let mut world = World::new(config(), 0);
+    world.register("x", 2, false).unwrap();
+    let request = submit(&mut world, Some("x"), 5, 3);
+    world.launch();
+    world.cancel(request);
+    world.unload("x");
+    world.answer_oldest_load(true);
+    assert_eq!((world.engine.stats().load_failures, world.engine.stats().adapters), (0, 0));
+}
+
+#[test]
+fn a_replacement_of_a_pinned_adapter_is_pinned() {
+    let mut world = World::new(config(), 0);
+    world.register("x", 2, false).unwrap();
+    world.engine.pin("x").unwrap();
+    world.step();
+    world.step();
+    world.register("x", 3, true).unwrap();
+    world.step();
+    world.step();
+    let info = world.engine.adapter_info("x").unwrap();
+    assert_eq!((info.version, info.pinned, info.state), (2, true, AdapterState::Resident));
+    assert_eq!(world.engine.stats().adapter_pages, 3, "the old version is gone");
+}
+
+#[test]
 fn small_swap_ins_do_not_keep_a_large_one_waiting_for_ever() {
     let (num_pages, num_host_pages) = (16, 40);
     let mut world =
@@ -184,6 +211,21 @@ fn small_requests_do_not_overtake_a_large_one_for_ever() {
         world.step();
     }
     assert!(!world.live.contains_key(&large));
+    world.run_to_the_end();
+}
+
+#[test]
+fn requests_of_one_adapter_do_not_keep_another_from_its_turn_for_ever() {
+    let mut world = World::new(EngineConfig { max_adapters: 1, ..config() }, 0);
+    load(&mut world, &["x".into(), "y".into()], 2);
+    submit(&mut world, Some("x"), 4, 4);
+    world.step();
+    let other = submit(&mut world, Some("y"), 4, 4);
+    for _ in 0..30 {
+        submit(&mut world, Some("x"), 4, 4);
+        world.step();
+    }
+    assert!(!world.live.contains_key(&other), "the running set never lets go of x");
     world.run_to_the_end();
 }
 
@@ -276,21 +318,53 @@ fn prefetching_takes_no_pages_that_the_next_request_waits_for() {
     let mut world = World::new(EngineConfig { num_pages: 16, num_host_pages: 40, max_context: 64, ..config() }, 0);
     let others = names("o", 6);
     load(&mut world, &others, 2);
-    // Alone, it evicts all of them; a second one must wait until it is gone.
-    submit(&mut world, None, 56, 8);
+    // Alone, it evicts all of them.
+    submit(&mut world, None, 60, 1);
+    world.run_to_the_end();
+    submit(&mut world, None, 24, 8);
     world.step();
     let next = submit(&mut world, None, 52, 4);
     for name in &others {
         submit(&mut world, Some(name), 2, 1);
     }
-    let before = world.engine.stats().prefetches;
-    while world.engine.stats().running > 0 && world.live.len() == 8 {
+    let before = world.engine.stats();
+    assert_eq!((before.free_pages, before.resident_adapters), (10, 0), "some pages are free, but they are not spare");
+    while world.live.len() == 8 {
         world.step();
+        assert_eq!(world.engine.stats().prefetches, before.prefetches);
     }
-    assert_eq!(world.engine.stats().prefetches, before);
     world.step();
     assert!(world.live.contains_key(&next) && world.engine.stats().running == 1, "it is the next to run");
     world.run_to_the_end();
+}
+
+#[test]
+fn a_step_orders_no_more_copies_than_its_arrays_hold() {
+    let (num_pages, num_host_pages, max_adapter_pages) = (40_000, 20_000, 9_000);
+    let mut world = World::new(EngineConfig { num_pages, num_host_pages, max_adapter_pages, ..config() }, 0);
+    for name in ["x", "y"] {
+        world.register(name, 9_000, false).unwrap();
+        submit(&mut world, Some(name), 4, 4);
+    }
+    assert!(world.step().is_none(), "both are loaded");
+    let num_copies = [world.step().unwrap().counts.num_copies, world.step().unwrap().counts.num_copies];
+    assert_eq!(num_copies, [9_000, 9_000], "the second waits for the next step");
+    world.run_to_the_end();
+}
+
+#[test]
+fn nobody_is_evicted_for_a_request_that_cannot_run_yet() {
+    let mut world = World::new(EngineConfig { num_pages: 16, ..config() }, 0);
+    load(&mut world, &["x".into(), "y".into()], 4);
+    submit(&mut world, None, 16, 12);
+    world.step();
+    // Its own adapter must stay, and without it there are 3 + 4 pages for its 8.
+    let next = submit(&mut world, Some("x"), 32, 1);
+    world.step();
+    let stats = world.engine.stats();
+    assert_eq!((stats.adapter_evictions, stats.resident_adapters, stats.waiting), (0, 2, 1));
+    world.run_to_the_end();
+    assert!(!world.live.contains_key(&next));
 }
 
 #[test]
@@ -352,7 +426,8 @@ fn a_preempted_request_with_stop_strings_does_not_run_ahead_when_it_resumes() {
     assert!(world.engine.stats().preemptions > 0 && world.live.contains_key(&watched));
     assert!(world.launch().is_none(), "it waits for the check");
     world.check_text(watched);
-    assert!(world.launch().is_some());
+    world.engine.checked(watched, 1);
+    assert!(world.launch().is_some(), "an old report takes nothing back");
     world.run_to_the_end();
 }
 
@@ -371,4 +446,87 @@ fn an_adapter_unloaded_while_it_is_copied_goes_when_the_copy_has_arrived() {
     world.run_to_the_end();
     let stats = world.engine.stats();
     assert_eq!((stats.adapters, stats.free_pages, stats.free_host_pages), (0, 32, 16));
+}
+
+#[test]
+fn a_retired_version_keeps_its_host_image_until_its_last_request_ends() {
+    let mut world = World::new(EngineConfig { num_host_pages: 4, ..config() }, 0);
+    load(&mut world, &["x".into()], 2);
+    let last = submit(&mut world, Some("x"), 4, 40);
+    world.step();
+    world.register("x", 2, true).unwrap();
+    world.step();
+    assert_eq!(world.engine.adapter_info("x").unwrap().version, 2);
+    // These need the other half of the host tier, one after the other.
+    for name in ["o", "p", "q"] {
+        world.register(name, 2, false).unwrap();
+        let id = submit(&mut world, Some(name), 4, 1);
+        while world.live.contains_key(&id) {
+            world.step();
+        }
+        world.unload(name);
+    }
+    world.unload("x");
+    assert!(world.live.contains_key(&last));
+    assert_eq!(world.engine.stats().free_host_pages, 2);
+    world.run_to_the_end();
+    assert_eq!(world.engine.stats().free_host_pages, 4);
+}
+
+#[test]
+fn a_retired_version_without_a_host_image_gives_way_last() {
+    let mut world =
+        World::new(EngineConfig { num_pages: 9, num_host_pages: 2, max_running: 1, prefetch: false, ..config() }, 0);
+    load(&mut world, &["x".into()], 2);
+    load(&mut world, &["o".into()], 2);
+    let hog = submit(&mut world, None, 15, 12);
+    world.step();
+    submit(&mut world, Some("x"), 4, 1);
+    world.register("x", 2, true).unwrap();
+    while world.live.contains_key(&hog) {
+        world.step();
+    }
+    world.run_to_the_end();
+    // Of x twice and of o; x was used longer ago, but its first version was not evicted.
+    let stats = world.engine.stats();
+    assert_eq!((stats.adapter_evictions, stats.loads), (1, 3));
+}
+
+#[test]
+fn who_gives_way_is_the_least_recently_used_or_the_least_valuable() {
+    for (eviction, evicted) in [(Eviction::Lru, "often"), (Eviction::CostAware, "once")] {
+        let mut world = World::new(EngineConfig { num_pages: 16, eviction, ..config() }, 0);
+        load(&mut world, &["often".into()], 4);
+        for _ in 0..5 {
+            submit(&mut world, Some("often"), 2, 1);
+        }
+        world.run_to_the_end();
+        load(&mut world, &["once".into()], 4);
+        submit(&mut world, None, 36, 1);
+        world.run_to_the_end();
+        assert_eq!(world.engine.stats().adapter_evictions, 1);
+        assert_eq!(world.engine.adapter_info(evicted).unwrap().state, AdapterState::Host, "{eviction:?}");
+    }
+}
+
+#[test]
+fn many_images_in_use_do_not_hide_one_that_is_not() {
+    let mut world = World::new(EngineConfig { num_host_pages: 34, max_running: 1, prefetch: false, ..config() }, 0);
+    let hog = submit(&mut world, None, 4, 60);
+    let others = names("o", 35);
+    let mut requests = Vec::new();
+    for name in &others[..34] {
+        world.register(name, 1, false).unwrap();
+        requests.push(submit(&mut world, Some(name), 4, 1));
+    }
+    while world.engine.stats().free_host_pages > 0 || world.num_loads() > 0 {
+        world.step();
+    }
+    world.cancel(requests[33]);
+    world.register(&others[34], 1, false).unwrap();
+    submit(&mut world, Some(&others[34]), 4, 1);
+    world.step();
+    world.step();
+    assert_eq!((world.engine.stats().loads, world.live.contains_key(&hog)), (35, true));
+    world.run_to_the_end();
 }

@@ -15,7 +15,7 @@ const ROW_WINDOW: usize = 64;
 enum Admission {
     /// It runs, with this many rows in this step.
     Admitted(u32),
-    /// It waits for a copy, a token in flight or its text's check, and blocks nobody.
+    /// It waits for a copy or its text's check, and blocks nobody.
     Skip,
     /// Nobody is admitted before it.
     Stop,
@@ -54,7 +54,9 @@ impl Engine {
         let request = self.request(place);
         let adapter = request.adapter;
         let kv_pages = self.pages_for(request.tokens.len() as u32);
-        if request.pending > 0 || request.waits_for_check() {
+        // A step that preempts admits nobody, and the next one is planned behind the commit of the one before.
+        assert_eq!(request.pending, 0, "a preempted request's token in flight is here before it resumes");
+        if request.waits_for_check() {
             return Admission::Skip;
         }
         if !self.has_rows_for(place) {

@@ -142,47 +142,10 @@ impl Engine {
         let NewRequest { id, adapter, prompt, params } = new;
         self.check_request(id, &prompt, &params)?;
         let adapter = adapter.map(|name| self.find_runnable(&name)).transpose()?;
-        let prompt_len = prompt.len() as u32;
-        let max_len = prompt_len + params.max_tokens;
-        let kv_pages = self.pages_for(max_len);
-        let adapter_pages = adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
-        if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(self.config.num_pages) {
-            return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages: self.config.num_pages });
-        }
-        if self.queue.len() >= self.config.max_waiting as usize {
-            return Err(SubmitError::QueueFull { max_waiting: self.config.max_waiting });
-        }
-        let seq = self.next_seq;
+        let request = Request::new(id, self.next_seq, adapter, prompt, params);
+        self.check_room(&request)?;
         self.next_seq += 1;
-        let request = Request {
-            id,
-            seq,
-            phase: Phase::Waiting,
-            adapter,
-            tokens: prompt,
-            prompt_len,
-            max_len,
-            has_penalties: params.has_penalties(),
-            params,
-            computed: 0,
-            pending: 0,
-            planned: 0,
-            pages: Vec::new(),
-            state_row: 0,
-            prompt_logprobs_done: 0,
-            checked: 0,
-            pending_row: 0,
-        };
-        let place = match self.vacant_requests.pop() {
-            Some(place) => {
-                self.requests[place as usize] = Some(request);
-                place
-            }
-            None => {
-                self.requests.push(Some(request));
-                self.requests.len() as u32 - 1
-            }
-        };
+        let place = self.place(request);
         self.by_id.insert(id, place);
         if let Some(index) = adapter {
             let adapter = self.registry.get_mut(index);
@@ -192,6 +155,33 @@ impl Engine {
         self.enqueue(place);
         self.stats.submitted += 1;
         Ok(())
+    }
+
+    /// Whether the request could run alone in an empty pool, and may wait for its turn.
+    fn check_room(&self, request: &Request) -> Result<(), SubmitError> {
+        let (kv_pages, num_pages) = (self.pages_for(request.max_len), self.config.num_pages);
+        let adapter_pages = request.adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
+        if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(num_pages) {
+            return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages });
+        }
+        let max_waiting = self.config.max_waiting;
+        if self.queue.len() >= max_waiting as usize {
+            return Err(SubmitError::QueueFull { max_waiting });
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, request: Request) -> u32 {
+        match self.vacant_requests.pop() {
+            Some(place) => {
+                self.requests[place as usize] = Some(request);
+                place
+            }
+            None => {
+                self.requests.push(Some(request));
+                self.requests.len() as u32 - 1
+            }
+        }
     }
 
     fn check_request(&self, id: RequestId, prompt: &[u32], params: &crate::SamplingParams) -> Result<(), SubmitError> {
@@ -236,7 +226,8 @@ impl Engine {
         }
     }
 
-    /// Moves what happened since the last call into `into`, which is emptied first.
+    /// Moves what happened since the last call into `into`, which is emptied first. Due after every [`commit`](Self::commit),
+    /// since events name rows of the step that was committed last.
     pub fn take_events(&mut self, into: &mut Events) {
         into.clear();
         std::mem::swap(&mut self.events, into);

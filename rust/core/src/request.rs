@@ -131,6 +131,30 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// A request that has only arrived.
+    pub fn new(id: RequestId, seq: u64, adapter: Option<u32>, prompt: Vec<u32>, params: Arc<SamplingParams>) -> Self {
+        let prompt_len = prompt.len() as u32;
+        Self {
+            id,
+            seq,
+            phase: Phase::Waiting,
+            adapter,
+            tokens: prompt,
+            prompt_len,
+            max_len: prompt_len + params.max_tokens,
+            has_penalties: params.has_penalties(),
+            params,
+            computed: 0,
+            pending: 0,
+            planned: 0,
+            pages: Vec::new(),
+            state_row: 0,
+            prompt_logprobs_done: 0,
+            checked: 0,
+            pending_row: 0,
+        }
+    }
+
     /// Tokens known or on their way.
     pub fn known_len(&self) -> u32 {
         self.tokens.len() as u32 + self.pending
