@@ -5,6 +5,7 @@ Rust's core owns the pages and says what lies in them; here they are bytes, and 
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -121,6 +122,11 @@ class HostTier:
                 return slab[index]
             index -= len(slab)
         raise IndexError(f"host page beyond the {self.num_pages} of the tier")
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Of every page."""
+        return [slab.data_ptr() + i * self.page_bytes for slab in self.slabs for i in range(len(slab))]
 
     def _view(self, slab: tuple[int, int] | Tensor) -> Tensor:
         if not isinstance(slab, Tensor):

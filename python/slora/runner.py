@@ -1,6 +1,7 @@
 """Runs one StepPlan: descriptors, swap-ins, the model, sampling, log-probabilities."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,8 +35,33 @@ class StepOutput:
     prompt_best_logprobs: np.ndarray | None = None
 
 
+class Pending(Protocol):
+    """A launched step."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step's end."""
+
+
+@dataclass
+class Done:
+    """A step that ended with its launch."""
+
+    output: StepOutput
+    is_done: bool = True
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
 class Runner:
-    """The executor of one device: everything that a plan's numbers refer to."""
+    """The executor of one device: everything that a plan's numbers refer to.
+
+    This one runs each step to its end; `CudaRunner` has the same methods, and launches without waiting.
+    """
 
     def __init__(
         self,
@@ -55,6 +81,7 @@ class Runner:
         self._sampler = Sampler(self._ops, max_running, config.vocab_size, pool.device)
         frequencies, self._rope_scaling = inverse_frequencies(config)
         self._frequencies = frequencies.to(pool.device)
+        self._copied: list[int] = []
         self._sampled = torch.empty(0, dtype=torch.int64, device=pool.device)  # the previous step's ids
 
     @torch.inference_mode()
@@ -74,6 +101,18 @@ class Runner:
             self._score_prompts(hidden, plan, output)
         return output
 
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a refreshed plan."""
+        output = self.run(plan)
+        if plan.counts.num_copies:
+            self._copied.append(plan.counts.step)
+        return Done(output)
+
+    def copies_done(self) -> list[int]:
+        """Steps whose swap-ins have arrived since the last call."""
+        copied, self._copied = self._copied, []
+        return copied
+
     def close(self) -> None:
         """Let go of everything that refers to the pool, and free it."""
         del self._tables, self._decoder, self._sampler
@@ -89,7 +128,7 @@ class Runner:
         previous = self._sampled.clamp(min=0).int()
         return torch.where(ids < 0, previous[(-1 - ids).clamp(min=0)], ids)
 
-    def _sample(self, hidden: tuple[Tensor, Tensor | None], plan: StepPlan, output: StepOutput) -> None:
+    def _sample(self, hidden: Tensor, plan: StepPlan, output: StepOutput) -> None:
         logits = self._decoder.logits(hidden, plan["sample_rows"].to(self.pool.device))
         self._sampled = self._sampler.sample(logits, plan)
         output.ids = _int32(self._sampled)
@@ -99,7 +138,7 @@ class Runner:
             if found.best_ids is not None and found.best is not None:
                 output.best_ids, output.best_logprobs = _int32(found.best_ids), found.best.cpu().numpy()
 
-    def _score_prompts(self, hidden: tuple[Tensor, Tensor | None], plan: StepPlan, output: StepOutput) -> None:
+    def _score_prompts(self, hidden: Tensor, plan: StepPlan, output: StepOutput) -> None:
         rows, targets = (plan[name].to(self.pool.device) for name in ("prompt_rows", "prompt_targets"))
         chunks: list[LogProbs] = []
         for start in range(0, len(rows), PROMPT_LOGPROB_ROWS):
