@@ -1,10 +1,12 @@
 // Attention of decode rows over pages, 16-bit, on tensor cores.
 // q, out [rows, HEADS, HEAD_DIM]; keys, values: a layer's views of the pool, token t of page p at row p * page_rows + t of
 // [KV_HEADS, HEAD_DIM]; row r of the step is request r.
-// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A block takes (item,
-// KV head) pairs in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring
-// of copies in flight that runs on into the next item. The block that finishes a request's last split merges them all,
-// in their order. Query heads of a KV head are the 16 rows of the tensor-core product.
+// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A warp takes (item, KV
+// head) units in turn under a constant grid, and a unit's tiles of 16 tokens in turn, from a ring of copies that runs on
+// into its next unit: warps never wait for each other. Query heads of a KV head are rows of the product, 16 at most.
+// The warp that finishes the last split of a request merges them all, in their order.
+#include "splits.cuh"
+#include "sync.cuh"
 #include "tensor_core.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -12,55 +14,59 @@ constexpr int HEAD_TILES = (GROUP + 15) / 16;
 constexpr int ROWS = GROUP < 16 ? GROUP : 16;  // of a product, at most
 constexpr int UNITS = KV_HEADS * HEAD_TILES;   // of an item
 constexpr int WARPS = 4;
-constexpr int TILE = 16;  // tokens
+constexpr int TILE = 16;              // tokens
 constexpr int STRIDE = HEAD_DIM + 8;  // padded: rows of a matrix lie in different banks
 constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
-constexpr int SLOTS_PER_WARP = (SPLIT_TOKENS / TILE + WARPS - 1) / WARPS;
+constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
-static_assert(PAGE_TOKENS % TILE == 0 && SLOTS_PER_WARP <= 32, "a tile lies in one page");
+static_assert(PAGE_TOKENS % TILE == 0 && MAX_SPLIT_TOKENS / TILE <= 32, "a tile lies in one page; a lane knows one page");
 
-struct Tiles {  // of one split that a warp sees: TILE-aligned positions [first, end) step WARPS * TILE
-    int first, end;
-    __device__ Tiles(const int4& item, int window, int warp) {
-        const int seq_len = item.w, visible = window > 0 && seq_len > window ? seq_len - window : 0;
-        const int start = (visible / SPLIT_TOKENS + (item.y & 0xffff)) * SPLIT_TOKENS;
-        first = max(start, visible / TILE * TILE) + warp * TILE;
-        end = min(start + SPLIT_TOKENS, seq_len);
+// What a unit covers: positions [first, end) of a sequence of which [visible, seq_len) is seen.
+struct Span {
+    int first, end, visible, seq_len, start;
+    __device__ Span(const int4& item, int window) {
+        seq_len = item.w;
+        visible = oldest_visible(seq_len, window);
+        const int split = split_of(visible) + (item.y & 0xffff);
+        start = split_start(split);  // item.z is its page
+        first = max(start, visible / TILE * TILE);
+        end = min(split_start(split + 1), seq_len);
     }
 };
 
-struct Copies {  // runs through a warp's tiles of all items of its block, ahead of the arithmetic
+struct Copies {  // runs through the tiles of all units of a warp, ahead of the arithmetic
     const int4* work;
     const int* page_indices;
     const element *keys, *values;
     size_t page_elements;
-    int window, warp, lane, unit, total, first, last, position, end, visible, page_of_lane;
+    int window, lane, unit, stride, total;
+    int4 next;  // the item of `unit`, read ahead
+    int first, end, position, visible, seq_len, kv_head, page_of_lane;
 
     __device__ void start_unit() {
-        while (unit < total) {
-            const int4 item = work[unit / UNITS];
-            const Tiles tiles(item, window, warp);
-            if (tiles.first < tiles.end) {
-                position = first = tiles.first;
-                end = item.w;
-                visible = window > 0 && end > window ? end - window : 0;
-                const int origin = (visible / SPLIT_TOKENS + (item.y & 0xffff)) * SPLIT_TOKENS / PAGE_TOKENS;
-                const int mine = first + lane * WARPS * TILE;
-                page_of_lane = mine < tiles.end ? page_indices[item.z + mine / PAGE_TOKENS - origin] : 0;
-                last = tiles.end;
-                return;
-            }
-            unit += gridDim.x;
+        if (unit < total) {
+            const Span span(next, window);
+            first = position = span.first;
+            end = span.end;
+            visible = span.visible;
+            seq_len = span.seq_len;
+            kv_head = unit % UNITS / HEAD_TILES;
+            const int mine = first + lane * TILE;
+            page_of_lane =
+                mine < end ? page_indices[next.z + mine / PAGE_TOKENS - span.start / PAGE_TOKENS] : 0;
+            unit += stride;
+            if (unit < total) next = work[unit / UNITS];
+        } else {
+            first = position = end = 0;
         }
     }
 
     __device__ void issue(unsigned target) {
-        if (unit < total) {
-            const int page = __shfl_sync(~0u, page_of_lane, (position - first) / (WARPS * TILE));
-            const int kv_head = unit % UNITS / HEAD_TILES;
+        if (position < end) {
+            const int page = __shfl_sync(~0u, page_of_lane, (position - first) / TILE);
             const size_t row = static_cast<size_t>(page) * page_elements
                 + (static_cast<size_t>(position % PAGE_TOKENS) * KV_HEADS + kv_head) * HEAD_DIM;
 #pragma unroll
@@ -68,18 +74,15 @@ struct Copies {  // runs through a warp's tiles of all items of its block, ahead
                 const int chunk = i * 32 + lane;
                 if (TILE * CHUNKS % 32 == 0 || chunk < TILE * CHUNKS) {
                     const int token = chunk / CHUNKS, column = chunk % CHUNKS * 8;
-                    const bool is_valid = position + token < end && position + token >= visible;
+                    const bool is_valid = position + token < seq_len && position + token >= visible;
                     const size_t at = row + static_cast<size_t>(token) * KV_HEADS * HEAD_DIM + column;
                     const unsigned place = target + (token * STRIDE + column) * sizeof(element);
                     copy_async(place, keys + at, is_valid);
                     copy_async(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
                 }
             }
-            position += WARPS * TILE;
-            if (position >= last) {
-                unit += gridDim.x;
-                start_unit();
-            }
+            position += TILE;
+            if (position >= end) start_unit();
         }
         commit_copies();
     }
@@ -95,7 +98,7 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Attention of one warp's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
+// Attention over a unit's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
 struct State {
     float out[OUTS][4];
     float max[2], sum[2];
@@ -162,55 +165,70 @@ struct State {
     }
 };
 
-// Merged accumulators of a block: [WARPS][ROWS][HEAD_DIM], [WARPS][ROWS] maxima, sums.
-struct Merge {
-    float out[WARPS][ROWS][HEAD_DIM];
-    float max[WARPS][ROWS], sum[WARPS][ROWS];
+// What a split leaves for the merge: [ROWS][HEAD_DIM] weighted sums, [ROWS] maxima, [ROWS] sums of weights.
+constexpr int PARTIAL = ROWS * HEAD_DIM + (2 * ROWS + 3) / 4 * 4;
 
-    __device__ void put(State& state, int warp, int lane) {
-        const int g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void store_pair(float low, float high, element* target) {
+    *reinterpret_cast<unsigned*>(target) = pack(low, high);
+}
+
+// out [ROWS][HEAD_DIM] of the state: the weighted means.
+__device__ __forceinline__ void finish(const State& state, int num_heads, int lane, element* out) {
 #pragma unroll
-        for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
-            const int row = g + half * 8;
-            const float total = quad_sum(state.sum[half]);
-            if (row < ROWS) {
-                if (t == 0) {
-                    max[warp][row] = state.max[half];
-                    sum[warp][row] = total;
-                }
+    for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
+        const int row = lane / 4 + half * 8;
+        const float factor = 1.0f / quad_sum(state.sum[half]);
+        if (row < num_heads)
 #pragma unroll
-                for (int n = 0; n < OUTS; ++n)
-                    *reinterpret_cast<float2*>(&out[warp][row][n * 8 + t * 2]) =
-                        make_float2(state.out[n][half * 2], state.out[n][half * 2 + 1]);
+            for (int n = 0; n < OUTS; ++n)
+                store_pair(
+                    state.out[n][half * 2] * factor, state.out[n][half * 2 + 1] * factor,
+                    out + row * HEAD_DIM + n * 8 + lane % 4 * 2);
+    }
+}
+
+__device__ __forceinline__ void leave(const State& state, int num_heads, int lane, float* partial) {
+#pragma unroll
+    for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
+        const int row = lane / 4 + half * 8;
+        const float sum = quad_sum(state.sum[half]);
+        if (row < num_heads) {
+#pragma unroll
+            for (int n = 0; n < OUTS; ++n)
+                __stcg(
+                    reinterpret_cast<float2*>(partial + row * HEAD_DIM + n * 8 + lane % 4 * 2),
+                    make_float2(state.out[n][half * 2], state.out[n][half * 2 + 1]));
+            if (lane % 4 == 0) {
+                __stcg(partial + ROWS * HEAD_DIM + row, state.max[half]);
+                __stcg(partial + ROWS * HEAD_DIM + ROWS + row, sum);
             }
         }
     }
-};
-
-// What a split leaves for the merge: [ROWS][HEAD_DIM] weighted sums, [ROWS] maxima, [ROWS] sums.
-constexpr int PARTIAL = ROWS * HEAD_DIM + (2 * ROWS + 3) / 4 * 4;
-
-__device__ __forceinline__ void store4(const float4& v, element* target) {
-    alignas(8) element e[4];
-    from_float(v.x, e[0]);
-    from_float(v.y, e[1]);
-    from_float(v.z, e[2]);
-    from_float(v.w, e[3]);
-    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(e);
 }
 
-__device__ __forceinline__ void multiply_add(float4& sum, const float4& v, float factor) {
-    sum.x += v.x * factor;
-    sum.y += v.y * factor;
-    sum.z += v.z * factor;
-    sum.w += v.w * factor;
-}
-
-__device__ __forceinline__ void scale_by(float4& v, float factor) {
-    v.x *= factor;
-    v.y *= factor;
-    v.z *= factor;
-    v.w *= factor;
+// out [num_heads][HEAD_DIM] of all splits of a request, `stride` apart.
+__device__ void merge(const float* partials, int splits, size_t stride, int num_heads, int lane, element* out) {
+    for (int i = lane; i < num_heads * (HEAD_DIM / 4); i += 32) {
+        const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+        const float* maxima = partials + ROWS * HEAD_DIM + row;
+        float most = -INFINITY, norm = 0.0f;
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) most = fmaxf(most, __ldcg(maxima + s * stride));
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (int s = 0; s < splits; ++s) {
+            const float factor = exp2f(__ldcg(maxima + s * stride) - most);
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * stride + row * HEAD_DIM + column));
+            norm += __ldcg(maxima + s * stride + ROWS) * factor;
+            sum.x += v.x * factor;
+            sum.y += v.y * factor;
+            sum.z += v.z * factor;
+            sum.w += v.w * factor;
+        }
+        norm = 1.0f / norm;
+        store_pair(sum.x * norm, sum.y * norm, out + row * HEAD_DIM + column);
+        store_pair(sum.z * norm, sum.w * norm, out + row * HEAD_DIM + column + 2);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
@@ -219,11 +237,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const int* __restrict__ page_indices, float* __restrict__ partials, int* __restrict__ finished, int page_rows,
     int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
-    Merge& merge = *reinterpret_cast<Merge*>(shared);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
-    const unsigned ring = shared_address(shared) + ((sizeof(Merge) + 15) / 16 * 16) + warp * STAGES * STAGE;
-    const int total = num_items[0] * UNITS;
+    const unsigned ring = shared_address(shared) + warp * STAGES * STAGE;
+    const int total = num_items[0] * UNITS, stride = gridDim.x * WARPS;
+    const int begin = warp * gridDim.x + blockIdx.x;  // neighbouring units on different multiprocessors
+    if (begin >= total) return;
 
     Copies copies;
     copies.work = work;
@@ -232,22 +252,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     copies.values = values;
     copies.page_elements = static_cast<size_t>(page_rows) * KV_HEADS * HEAD_DIM;
     copies.window = window;
-    copies.warp = warp;
     copies.lane = lane;
-    copies.unit = blockIdx.x;
+    copies.unit = begin;
+    copies.stride = stride;
     copies.total = total;
+    copies.next = work[begin / UNITS];
     copies.start_unit();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) copies.issue(ring + s * STAGE);
 
     int stage = 0;
     State state;
-    for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
-        const int index = unit / UNITS, part = unit % UNITS;
-        const int4 item = work[index];
+    int4 item = work[begin / UNITS];
+    for (int unit = begin; unit < total; unit += stride) {
+        const int part = unit % UNITS, splits = item.y >> 16, request = item.x;
         const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
         const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
-        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
+        const size_t row = (static_cast<size_t>(request) * HEADS + first_head) * HEAD_DIM;
         unsigned query[STEPS][4];
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -258,78 +279,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
             query[k][2] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM + 8) : 0u;
             query[k][3] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM + 8) : 0u;
         }
+        const Span span(item, window);
+        const int split = item.y & 0xffff;
+        if (unit + stride < total) item = work[(unit + stride) / UNITS];
         state.reset();
-        const Tiles tiles(item, window, warp);
-        const int visible = window > 0 && item.w > window ? item.w - window : 0;
-        for (int position = tiles.first; position < tiles.end; position += WARPS * TILE) {
+        for (int position = span.first; position < span.end; position += TILE) {
             wait_copies<STAGES - 2>();
             __syncwarp();
             copies.issue(ring + (stage + STAGES - 1) % STAGES * STAGE);
-            state.add_tile(query, ring + stage * STAGE, position, visible, item.w, scale, lane);
+            state.add_tile(query, ring + stage * STAGE, position, span.visible, span.seq_len, scale, lane);
             stage = (stage + 1) % STAGES;
             __syncwarp();
         }
-        merge.put(state, warp, lane);
-        __syncthreads();
-
-        const int splits = item.y >> 16;
-        float* partial = partials + (static_cast<size_t>(index) * UNITS + part) * PARTIAL;
-        for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
-            const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-            float most = -INFINITY;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, merge.max[w][r]);
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            float norm = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float factor = exp2f(merge.max[w][r] - most);
-                norm += merge.sum[w][r] * factor;
-                multiply_add(sum, *reinterpret_cast<const float4*>(&merge.out[w][r][column]), factor);
-            }
-            if (splits == 1) {
-                scale_by(sum, 1.0f / norm);
-                store4(sum, out + row + r * HEAD_DIM + column);
-            } else {
-                __stcg(reinterpret_cast<float4*>(partial + r * HEAD_DIM + column), sum);
-                if (column == 0) {
-                    __stcg(partial + ROWS * HEAD_DIM + r, most);
-                    __stcg(partial + ROWS * HEAD_DIM + ROWS + r, norm);
-                }
-            }
+        if (splits == 1) {
+            finish(state, num_heads, lane, out + row);
+            continue;
         }
-        if (splits > 1) {
-            __shared__ bool is_last;
+        float* partial = partials + static_cast<size_t>(unit) * PARTIAL;
+        leave(state, num_heads, lane, partial);
+        __threadfence();
+        __syncwarp();
+        int* counter = finished + static_cast<size_t>(request) * UNITS + part;
+        const bool is_last = __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0) == splits - 1;
+        if (is_last) {
             __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                int* counter = finished + static_cast<size_t>(item.x) * UNITS + part;
-                is_last = atomicAdd(counter, 1) == splits - 1;
-                if (is_last) *counter = 0;  // for the next layer
-            }
-            __syncthreads();
-            if (is_last) {
-                __threadfence();
-                const size_t stride = static_cast<size_t>(UNITS) * PARTIAL;
-                const float* all = partial - (item.y & 0xffff) * stride;
-                for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
-                    const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-                    float most = -INFINITY, norm = 0.0f;
-                    for (int s = 0; s < splits; ++s) most = fmaxf(most, __ldcg(all + s * stride + ROWS * HEAD_DIM + r));
-                    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-                    for (int s = 0; s < splits; ++s) {
-                        const float* one = all + s * stride;
-                        const float factor = exp2f(__ldcg(one + ROWS * HEAD_DIM + r) - most);
-                        norm += __ldcg(one + ROWS * HEAD_DIM + ROWS + r) * factor;
-                        multiply_add(sum, __ldcg(reinterpret_cast<const float4*>(one + r * HEAD_DIM + column)), factor);
-                    }
-                    scale_by(sum, 1.0f / norm);
-                    store4(sum, out + row + r * HEAD_DIM + column);
-                }
-            }
+            const size_t step = static_cast<size_t>(UNITS) * PARTIAL;
+            merge(partial - split * step, splits, step, num_heads, lane, out + row);
+            if (lane == 0) *counter = 0;  // for the next layer
         }
-        __syncthreads();  // the next item writes `merge`
     }
     wait_copies<0>();
 }

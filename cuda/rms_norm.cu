@@ -1,7 +1,8 @@
 // residual = x + residual + delta; normed = residual / rms(residual) * weight.
 // x, residual, delta, normed [rows, hidden] (delta, residual may be null; x receives the sum), weight [hidden].
 // One block per row: the row stays in registers between the sum and the norm, so each tensor is touched once.
-#include "element.cuh"
+#include "sync.cuh"
+#include "vectors.cuh"
 
 // HIDDEN: the row length; THREADS: of a block.
 constexpr int WIDTH = HIDDEN % VECTOR ? 1 : VECTOR;
@@ -36,6 +37,8 @@ __device__ __forceinline__ float block_sum(float value) {
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
     element* __restrict__ x, const element* __restrict__ residual, const element* __restrict__ delta,
     const element* __restrict__ weight, element* __restrict__ normed, float eps) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const size_t row = static_cast<size_t>(blockIdx.x) * HIDDEN;
     float values[PIECES][WIDTH];
     float squares = 0.0f;

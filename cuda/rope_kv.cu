@@ -4,7 +4,8 @@
 // keys, values: a layer's views of the pool, where slot = page * PAGE_TOKENS + token lies at row page * page_rows + token.
 // A warp per head of a row: a lane holds pairs of neighbours in the head's first half, and what they rotate with in its
 // second. Rows beyond counts[1] are padding of a graph: nothing of theirs is written to the pool.
-#include "element.cuh"
+#include "sync.cuh"
+#include "vectors.cuh"
 
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int WIDTH = HALF % 2 ? 1 : 2;
@@ -87,6 +88,8 @@ extern "C" __global__ void rope_kv(
     element* __restrict__ keys, element* __restrict__ values, const float2* __restrict__ rotation,
     const int* __restrict__ slots, const int* __restrict__ counts, const element* __restrict__ qk_norm, float eps,
     int page_rows) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int row = blockIdx.x, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const bool is_padding = row >= counts[1];
     const int slot = is_padding ? 0 : slots[row];

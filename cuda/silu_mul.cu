@@ -1,7 +1,8 @@
 // out = silu(gate) * up of gate_up + delta.
 // gate_up, delta [rows, 2 inner] (delta may be null), out [rows, inner].
 // A thread per vector of `out`, grid-stride: one pass over memory.
-#include "element.cuh"
+#include "sync.cuh"
+#include "vectors.cuh"
 
 template <int N>
 __device__ __forceinline__ void silu_mul_piece(
@@ -32,6 +33,8 @@ extern "C" __global__ void silu_mul(
     const element* __restrict__ gate_up, const element* __restrict__ delta, element* __restrict__ out, int rows,
     int inner) {
     constexpr int N = IS_VECTOR ? VECTOR : 1;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int pieces = inner / N;
     const size_t total = static_cast<size_t>(rows) * pieces;
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;

@@ -3,7 +3,7 @@
 // [KV_HEADS, HEAD_DIM]. All arithmetic is fp32 FMA.
 // A block takes (row, head) pairs in turn under a constant grid; its warps take visible tokens in turn from position 0 on,
 // a lane holds every 32nd element of the head; the warps' results are merged in their order.
-#include "element.cuh"
+#include "vectors.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int WARPS = 8;

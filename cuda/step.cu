@@ -1,5 +1,6 @@
 // What a step's ops share, made once from the plan's arrays on the device: a thread per entry.
 // counts: the plan's scalars (1 num_rows, 2 num_decode, 3 num_requests, 5 num_sampled).
+#include "splits.cuh"
 
 // ids [rows]: references to the previous step's `sampled` resolved; sample_index [num_sampled];
 // rotation [rows, half] (cos, sin) of position * frequency.
@@ -27,10 +28,6 @@ extern "C" __global__ void step_rows(
     }
 }
 
-__device__ __forceinline__ int first_split(int seq_len, int window, int split_tokens) {
-    return window > 0 && seq_len > window ? (seq_len - window) / split_tokens : 0;
-}
-
 // Exclusive prefix sum of one value per thread; `total` of the block.
 __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -54,10 +51,10 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
 
 // One block. decode items (request, split | splits of the request << 16, place of the split's first page in
 // page_indices, seq_len), those of a request side by side; prefill items (request, row tile, 0, 0).
-// A split is `split_tokens` positions from a multiple of it on; a row tile `tile_rows` rows of a request.
+// A row tile is `tile_rows` rows of a request.
 extern "C" __global__ void attention_work(
     const int* __restrict__ counts, const int* __restrict__ query_indptr, const int* __restrict__ seq_lens,
-    const int* __restrict__ page_indptr, int window, int split_tokens, int tile_rows, int page_tokens,
+    const int* __restrict__ page_indptr, int window, int tile_rows, int page_tokens,
     int* __restrict__ num_items, int4* __restrict__ decode, int4* __restrict__ prefill) {
     extern __shared__ int starts[];  // [blockDim.x + 1]
     __shared__ int warp_sums[32];
@@ -71,8 +68,7 @@ extern "C" __global__ void attention_work(
             if (request < end) {
                 count = is_prefill
                     ? (query_indptr[request + 1] - query_indptr[request] + tile_rows - 1) / tile_rows
-                    : (seq_lens[request] + split_tokens - 1) / split_tokens
-                          - first_split(seq_lens[request], window, split_tokens);
+                    : split_of(seq_lens[request] - 1) - split_of(oldest_visible(seq_lens[request], window)) + 1;
             }
             int total;
             starts[threadIdx.x] = exclusive_sum(count, warp_sums, total);
@@ -88,9 +84,9 @@ extern "C" __global__ void attention_work(
                 if (is_prefill) {
                     prefill[before + i] = make_int4(r, j, 0, 0);
                 } else {
-                    const int seq_len = seq_lens[r], first = first_split(seq_len, window, split_tokens);
-                    const int splits = (seq_len + split_tokens - 1) / split_tokens - first;
-                    const int page = page_indptr[r] + (first + j) * split_tokens / page_tokens;
+                    const int seq_len = seq_lens[r], first = split_of(oldest_visible(seq_len, window));
+                    const int splits = split_of(seq_len - 1) - first + 1;
+                    const int page = page_indptr[r] + split_start(first + j) / page_tokens;
                     decode[before + i] = make_int4(r, j | splits << 16, page, seq_len);
                 }
             }
@@ -121,4 +117,17 @@ extern "C" __global__ void page_tables(
     const int num_pages = exists ? page_indptr[request + 1] - begin : 0;
     for (int p = threadIdx.x; p < width; p += blockDim.x)
         table[static_cast<size_t>(i) * width + p] = num_pages ? page_indices[begin + min(p, num_pages - 1)] : 0;
+}
+
+// Zeroes what lies behind the end of prefill request blockIdx.x in its last page, K and V of layer blockIdx.y / 2: cuDNN
+// multiplies it by 0, which takes no NaN away. pages: rows of `row_bytes` (of 16 bytes each), page_rows a page.
+extern "C" __global__ void clear_tails(
+    const int* __restrict__ counts, const int* __restrict__ seq_lens, const int* __restrict__ page_indptr,
+    const int* __restrict__ page_indices, int page_tokens, int page_rows, int row_bytes, uint4* __restrict__ pages) {
+    const int request = counts[2] + blockIdx.x;
+    if (request >= counts[3]) return;
+    const int used = (seq_lens[request] - 1) % page_tokens + 1, row_vectors = row_bytes / 16;
+    const size_t page = page_indices[page_indptr[request] + (seq_lens[request] - 1) / page_tokens];
+    uint4* row = pages + (page * page_rows + static_cast<size_t>(blockIdx.y) * page_tokens + used) * row_vectors;
+    for (int i = threadIdx.x; i < (page_tokens - used) * row_vectors; i += blockDim.x) row[i] = make_uint4(0, 0, 0, 0);
 }

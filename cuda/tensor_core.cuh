@@ -1,7 +1,7 @@
 // Tensor-core products of 16-bit tiles, and the copies that feed them (sm_80 and newer).
 // Fragments of m16n8k16: lane = 4 g + t holds A[g | g+8][2t | 2t+8 ..+1], B[2t | 2t+8 ..+1][g], C[g | g+8][2t ..+1].
 #pragma once
-#include "element.cuh"
+#include "vectors.cuh"
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));

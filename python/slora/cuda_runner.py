@@ -55,7 +55,7 @@ class CudaPending:
 
     @property
     def is_done(self) -> bool:
-        return self._done.query()
+        return bool(self._done.query())
 
     def result(self) -> StepOutput:
         self._done.synchronize()
@@ -133,7 +133,9 @@ class CudaRunner:
         return self._copies.done()
 
     @torch.inference_mode()
-    def record_graphs(self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None) -> None:
+    def record_graphs(
+        self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None
+    ) -> None:
         """Record decode steps of all sizes; others are recorded when they first come. No step may be in flight."""
         self._plan.clear()
         kinds = (False, True) if with_lora else (False,)
@@ -161,12 +163,12 @@ class CudaRunner:
             shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
             self._graphs.run(shape, self._forward_body(shape))
             return self._hidden
-        self._step.prepare(*shape)
+        self._step.prepare(**shape._asdict())
         return self._decoder.forward(self._step.ids, self._step)
 
     def _forward_body(self, shape: StepShape) -> Callable[[], object]:
         def body() -> None:
-            self._step.prepare(*shape, is_graph=True)
+            self._step.prepare(**shape._asdict(), is_graph=True)
             self._hidden[: shape.num_rows].copy_(self._decoder.forward(self._step.ids, self._step))
 
         return body

@@ -1,7 +1,7 @@
 """Runs one StepPlan: descriptors, swap-ins, the model, sampling, log-probabilities."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,12 @@ from slora.memory import HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
-from slora.plan import StepPlan
+from slora.plan import PlanLayout, StepPlan
 from slora.sampling import LogProbs, Sampler, log_probs
 from slora.weights import Weights
+
+if TYPE_CHECKING:
+    from slora.cuda_runner import CudaRunner
 
 PROMPT_LOGPROB_ROWS = 256
 """Prompt log-probabilities are computed for this many rows at a time, which bounds the logits in memory."""
@@ -151,6 +154,42 @@ class Runner:
         if best:
             output.prompt_best_ids = _int32(torch.cat(best_ids))
             output.prompt_best_logprobs = torch.cat(best).cpu().numpy()
+
+
+def create_runner(
+    config: ModelConfig,
+    weights: Weights,
+    pool: PagePool,
+    *,
+    layout: PlanLayout,
+    max_running: int,
+    max_adapters: int,
+    max_adapter_pages: int,
+    host: HostTier | None = None,
+) -> "Runner | CudaRunner":
+    """The executor for the pool's device. `layout` is that of the plans it will get."""
+    if pool.device.type == "cuda":
+        from slora.cuda_runner import CudaRunner
+
+        return CudaRunner(
+            config,
+            weights,
+            pool,
+            layout=layout,
+            max_running=max_running,
+            max_adapters=max_adapters,
+            max_adapter_pages=max_adapter_pages,
+            host=host,
+        )
+    return Runner(
+        config,
+        weights,
+        pool,
+        max_running=max_running,
+        max_adapters=max_adapters,
+        max_adapter_pages=max_adapter_pages,
+        host=host,
+    )
 
 
 def _int32(x: Tensor) -> np.ndarray:

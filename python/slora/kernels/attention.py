@@ -15,8 +15,6 @@ from slora.memory import PagePool
 from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-SPLIT_TOKENS = 256
-"""Positions of a KV split: splits start at multiples of it, whatever the batch."""
 TILE_TOKENS = 16
 WARPS = 4
 CHUNK_ROWS = 16 * WARPS
@@ -81,16 +79,15 @@ class Attention:
 
     @cached_property
     def _decode(self) -> tuple[Kernel, int, int]:
-        """(kernel, blocks, bytes of shared memory): as many stages of copies as let two blocks share a multiprocessor."""
-        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
+        """(kernel, blocks, bytes of shared memory): as many stages as let two blocks share a multiprocessor."""
         stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
-        sizes = {stages: -(-merge // 16) * 16 + WARPS * stages * stage for stages in (4, 3, 2)}
+        sizes = {stages: WARPS * stages * stage for stages in (4, 3, 2)}
         p = self._properties
         for blocks in (2, 1):
             most = min(p.shared_memory_per_multiprocessor // blocks - _RESERVED_BYTES, p.shared_memory_per_block_optin)
             for stages, size in sizes.items():
                 if size <= most:
-                    macros = {**self._macros, "SPLIT_TOKENS": SPLIT_TOKENS, "STAGES": stages}
+                    macros = {**self._macros, "STAGES": stages}
                     kernel = nvrtc.load("paged_attention", macros).kernel("paged_attention")
                     return kernel, blocks * p.multi_processor_count, size
         raise AssertionError(f"no ring of copies fits the shared memory of {p.name}")
@@ -113,8 +110,9 @@ class Attention:
 
     @cached_property
     def _max_splits(self) -> int:
+        """n tokens have at most n / 256 + 5 splits, see cuda/splits.cuh."""
         tokens = self.plan.capacity["page_indices"] * self.pool.page_tokens
-        return tokens // SPLIT_TOKENS + self.plan.capacity["seq_lens"]
+        return tokens // 256 + 5 * self.plan.capacity["seq_lens"]
 
     @cached_property
     def _partials(self) -> tuple[Tensor, Tensor]:
@@ -133,13 +131,15 @@ class Attention:
     def _new_items(self) -> tuple[Tensor, Tensor, Tensor]:
         """(how many, decode items, prefill items) of one window."""
         tiles = self.plan.capacity["token_ids"] // max(1, self._chunk_tokens) + self.plan.capacity["seq_lens"]
-        return tuple(  # type: ignore[return-value]
-            torch.zeros(size, dtype=torch.int32, device=self.pool.device) for size in (4, self._max_splits * 4, tiles * 4)
+        count, decode, prefill = (
+            torch.zeros(size, dtype=torch.int32, device=self.pool.device)
+            for size in (4, self._max_splits * 4, tiles * 4)
         )
+        return count, decode, prefill
 
     def _list_work(self, window: int | None) -> None:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
-        sizes = (window or 0, SPLIT_TOKENS, self._chunk_tokens, self.pool.page_tokens)
+        sizes = (window or 0, self._chunk_tokens, self.pool.page_tokens)
         threads = 512
         self._work(1, threads, (*(self.plan[name] for name in names), *sizes, *self._items[window]), (threads + 1) * 4)
 
@@ -149,7 +149,7 @@ class Attention:
         num_items, decode, _ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
-        kernel(blocks, WARPS * 32, (*tensors, *self._partials, *numbers), shared)
+        kernel(blocks, WARPS * 32, (*tensors, *self._partials, *numbers), shared, programmatic=True)
 
     def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._chunks

@@ -43,7 +43,7 @@ def rms_norm(
     rows, hidden = x.shape
     normed = torch.empty_like(x)
     kernel, threads = _rms_norm(x.dtype, hidden)
-    kernel(rows, threads, (x, residual, delta, weight, normed, eps))
+    kernel(rows, threads, (x, residual, delta, weight, normed, eps), programmatic=True)
     return normed, x
 
 
@@ -55,7 +55,8 @@ def rope_kv(qkv: Tensor, delta: Tensor | None, batch: Step, layer: int, qk_norm:
     blocks = -(-(config.num_heads + 2 * config.num_kv_heads) // ROPE_WARPS) if rows <= FEW_ROWS else 1
     tensors = (qkv, delta, q, pool.keys[layer], pool.values[layer], batch.rotation)
     args = (*tensors, batch.plan["slots"], batch.plan["counts"], qk_norm, eps, pool.page_rows)
-    _rope_kv(qkv.dtype, *shape, qk_norm is not None)((rows, blocks), ROPE_WARPS * 32, args)
+    kernel = _rope_kv(qkv.dtype, *shape, qk_norm is not None)
+    kernel((rows, blocks), ROPE_WARPS * 32, args, programmatic=True)
     return q
 
 
@@ -73,7 +74,8 @@ def silu_mul(gate_up: Tensor, delta: Tensor | None) -> Tensor:
     width = 16 // gate_up.element_size()
     is_vector = inner % width == 0
     pieces = rows * (inner // width if is_vector else inner)
-    _silu_mul(gate_up.dtype, is_vector)(min(-(-pieces // 256), 1 << 16), 256, (gate_up, delta, out, rows, inner))
+    kernel, blocks = _silu_mul(gate_up.dtype, is_vector), min(-(-pieces // 256), 1 << 16)
+    kernel(blocks, 256, (gate_up, delta, out, rows, inner), programmatic=True)
     return out
 
 

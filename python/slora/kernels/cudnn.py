@@ -33,13 +33,13 @@ class PrefillAttention:
         self._cudnn: Any = cudnn
         self._handle = cudnn.create_handle()
         self._graphs: dict[tuple[int, int, int, int | None], Any] = {}
-        self._tables = nvrtc.load("step").kernel("page_tables")
+        self._tables, self._clear = (nvrtc.load("step").kernel(name) for name in ("page_tables", "clear_tails"))
         self._size = (0, 0, 0)
         self._arrays: tuple[Tensor, ...] = ()
         self._workspace = torch.empty(0, dtype=torch.uint8, device=pool.device)
 
     def prepare(self) -> None:
-        """Page tables and lengths of the uploaded plan's prefill requests; there is at least one."""
+        """Page tables and lengths of the uploaded plan's prefill requests; what lies behind their ends is zeroed."""
         counts, device = self.plan.counts, self.pool.device
         num_requests = _power_of_two(counts.num_requests - counts.num_decode, 1)
         width = _power_of_two(-(-counts.max_seq_len // self.pool.page_tokens), MIN_PAGES)
@@ -49,7 +49,10 @@ class PrefillAttention:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr", "page_indices")
         args = (*(self.plan[name] for name in names), width, self.config.q_size, *self._arrays)
         self._tables(num_requests, 128, args)
-        self._cudnn.set_stream(handle=self._handle, stream=nvrtc.current_stream())
+        row_bytes = self.config.kv_size * self.pool.flat.element_size()
+        numbers = (self.pool.page_tokens, self.pool.page_rows, row_bytes)
+        arrays = (self.plan[name] for name in ("counts", "seq_lens", "page_indptr", "page_indices"))
+        self._clear((num_requests, 2 * self.config.num_layers), 128, (*arrays, *numbers, self.pool.pages))
 
     def run(self, q: Tensor, out: Tensor, layer: int) -> None:
         """Rows of q and out [rows, heads, head_dim] from the first prefill row on."""
@@ -65,6 +68,7 @@ class PrefillAttention:
         pool = self.pool
         pointers = (q[first:].data_ptr(), pool.keys[layer].data_ptr(), pool.values[layer].data_ptr())
         values = (*pointers, out[first:].data_ptr(), query_lens, kv_lens, table, table, offsets)
+        self._cudnn.set_stream(handle=self._handle, stream=nvrtc.current_stream())
         graph.execute(dict(enumerate(values, 1)), self._workspace.data_ptr(), handle=self._handle)
 
     def _build(self, num_requests: int, query_len: int, width: int, window: int | None) -> Any:

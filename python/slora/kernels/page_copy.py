@@ -3,6 +3,7 @@
 import ctypes
 from collections import deque
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def _copy(targets: list[int], sources: list[int], num_bytes: int, stream: int) -
 
 
 @cache
-def _batch_copy() -> tuple[str, ctypes._FuncPointer] | None:  # type: ignore[name-defined]
+def _batch_copy() -> tuple[str, Any] | None:
     for name in ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync"):
         try:
             return name, getattr(driver(), name)

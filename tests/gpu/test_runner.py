@@ -1,0 +1,86 @@
+"""The same plans on the CPU and on the device: tokens, log-probabilities, overlap, swap-ins."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from planning import Request, World
+
+from slora.models.config import ModelConfig
+from slora.weights import load_weights
+
+pytestmark = pytest.mark.gpu
+BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+SAMPLING = {"temperature": 0.9, "top_p": 0.9}
+PENALTIES = {"repetition": 1.3, "presence": 0.4, "frequency": 0.7}
+
+
+def make_world(device: str, dtype: str = "float32") -> World:
+    config = ModelConfig.from_dir(BASE)
+    weights = load_weights(config, BASE, dtype=dtype, device=device, progress=False)
+    return World(config, weights, dtype=dtype, device=device, num_pages=800, page_tokens=32)
+
+
+def make_requests(**changes: object) -> list[Request]:
+    kinds = [{}, {"sampling": SAMPLING, "uniforms": [0.1, 0.5, 0.93, 0.2, 0.7, 0.4]}, {"sampling": PENALTIES}]
+    kinds += [{"bias": {11: 3.0, 12: -torch.inf}}, {"logprobs": 4}, {"prompt_logprobs": 2}]
+    lens = (5, 1, 40, 133, 300, 17, 64, 2)
+    return [
+        Request([(7 * i + 3 * j) % 97 for j in range(n)], max_tokens=6, **kinds[i % len(kinds)], **changes)
+        for i, n in enumerate(lens * 2)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1000, 48])
+def test_the_device_gives_the_tokens_of_the_cpu(chunk: int) -> None:
+    worlds = [make_world(device) for device in ("cpu", "cuda")]
+    results = []
+    for world in worlds:
+        for _ in range(2):  # the second time from recorded graphs
+            requests = make_requests()
+            world.generate(requests, chunk, by_reference=True)
+        results.append(requests)
+    for cpu, gpu in zip(*results, strict=True):
+        assert cpu.output == gpu.output
+        for got, expected in ((gpu.chosen, cpu.chosen), (gpu.prompt_chosen, cpu.prompt_chosen)):
+            torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+        for a, b in zip(cpu.best, gpu.best, strict=True):
+            assert list(a) == list(b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near(dtype: str) -> None:
+    cpu, gpu = make_world("cpu"), make_world("cuda", dtype)
+    vocab = cpu.config.vocab_size
+    found = []
+    for world in (cpu, gpu):
+        requests = [dataclasses.replace(r, sampling={}, bias={}, max_tokens=1, logprobs=vocab) for r in make_requests()]
+        world.generate(requests, 100)
+        found.append(torch.stack([torch.tensor([best[i] for i in range(vocab)]) for r in requests for best in r.best]))
+    centred = [logits - logits.mean(-1, keepdim=True) for logits in found]
+    assert (centred[0] - centred[1]).norm() / centred[0].norm() < 2e-2
+    assert (found[0].argmax(-1) == found[1].argmax(-1)).float().mean() >= 0.9
+
+
+def test_a_broken_row_is_reported_alone() -> None:
+    world = make_world("cuda")
+    world.runner._decoder.weights.embed[5] = torch.nan
+    broken, fine = Request([7, 5, 9], max_tokens=3), Request([7, 6, 9], max_tokens=3)
+    world.generate([broken, fine], by_reference=True)
+    assert broken.output == [-1, -1, -1]
+    alone = Request([7, 6, 9], max_tokens=3)
+    world.generate([alone])
+    assert fine.output == alone.output
+
+
+def test_close_returns_the_memory() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    world = make_world("cuda")
+    world.generate(make_requests(), 100)
+    world.runner.close()
+    del world
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.mem_get_info()[0] < 64 << 20
