@@ -1,10 +1,10 @@
 // Attention of decode rows over pages, 16-bit, on tensor cores.
 // q, out [rows, HEADS, HEAD_DIM]; keys, values: a layer's views of the pool, token t of page p at row p * page_rows + t of
 // [KV_HEADS, HEAD_DIM]; row r of the step is request r.
-// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A warp takes (item, KV
-// head) units in turn under a constant grid, and a unit's tiles of 16 tokens in turn, from a ring of copies that runs on
-// into its next unit: warps never wait for each other. Query heads of a KV head are rows of the product, 16 at most.
-// The warp that finishes the last split of a request merges them all, in their order.
+// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. Under a constant grid each
+// warp takes one (item, KV head) unit after the other, by a ticket, and a unit's tiles of 16 tokens in turn, from a ring
+// of copies that runs on into its next unit: warps never wait for each other. Query heads of a KV head are rows of the
+// product, 16 at most. The warp that finishes the last split of a request merges them all, in their order.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -13,13 +13,14 @@ constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int HEAD_TILES = (GROUP + 15) / 16;
 constexpr int ROWS = GROUP < 16 ? GROUP : 16;  // of a product, at most
 constexpr int UNITS = KV_HEADS * HEAD_TILES;   // of an item
-constexpr int WARPS = 4;
+constexpr int WARPS = 4;              // of a block
 constexpr int TILE = 16;              // tokens
 constexpr int STRIDE = HEAD_DIM + 8;  // padded: rows of a matrix lie in different banks
 constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
+constexpr int QUEUE = 8;              // units between the copies and the arithmetic: at most one for each stage
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
 static_assert(PAGE_TOKENS % TILE == 0 && MAX_SPLIT_TOKENS / TILE <= 32, "a tile lies in one page; a lane knows one page");
@@ -37,31 +38,47 @@ struct Span {
     }
 };
 
+// Units that a warp's copies have begun, for its arithmetic; `unit` beyond the last one: there are no more.
+struct Queue {
+    int4 items[QUEUE];
+    int units[QUEUE];
+};
+
 struct Copies {  // runs through the tiles of all units of a warp, ahead of the arithmetic
     const int4* work;
     const int* page_indices;
     const element *keys, *values;
     size_t page_elements;
-    int window, lane, unit, stride, total;
-    int4 next;  // the item of `unit`, read ahead
+    Queue* queue;
+    int* tickets;
+    int window, lane, total, num_warps;
+    int unit, ticket, num_begun;  // the next unit, and the one after it, which has been asked for
+    int4 item;                    // of the next unit
     int first, end, position, visible, seq_len, kv_head, page_of_lane;
 
+    __device__ void ask() {
+        if (unit < total && lane == 0) ticket = num_warps + atomicAdd(tickets, 1);
+    }
+
     __device__ void start_unit() {
-        if (unit < total) {
-            const Span span(next, window);
-            first = position = span.first;
-            end = span.end;
-            visible = span.visible;
-            seq_len = span.seq_len;
-            kv_head = unit % UNITS / HEAD_TILES;
-            const int mine = first + lane * TILE;
-            page_of_lane =
-                mine < end ? page_indices[next.z + mine / PAGE_TOKENS - span.start / PAGE_TOKENS] : 0;
-            unit += stride;
-            if (unit < total) next = work[unit / UNITS];
-        } else {
-            first = position = end = 0;
+        const int place = num_begun++ % QUEUE;
+        if (lane == 0) {
+            queue->items[place] = item;
+            queue->units[place] = unit;
         }
+        first = position = end = 0;
+        if (unit >= total) return;
+        const Span span(item, window);
+        first = position = span.first;
+        end = span.end;
+        visible = span.visible;
+        seq_len = span.seq_len;
+        kv_head = unit % UNITS / HEAD_TILES;
+        const int mine = first + lane * TILE;
+        page_of_lane = mine < end ? page_indices[item.z + mine / PAGE_TOKENS - span.start / PAGE_TOKENS] : 0;
+        unit = __shfl_sync(~0u, ticket, 0);
+        if (unit < total) item = work[unit / UNITS];
+        ask();
     }
 
     __device__ void issue(unsigned target) {
@@ -206,65 +223,100 @@ __device__ __forceinline__ void leave(const State& state, int num_heads, int lan
     }
 }
 
-// out [num_heads][HEAD_DIM] of all splits of a request, `stride` apart.
+// out [num_heads][HEAD_DIM] of all splits of a request, `stride` apart. A lane has every 32nd group of four columns, a few
+// of them at a time.
 __device__ void merge(const float* partials, int splits, size_t stride, int num_heads, int lane, element* out) {
-    for (int i = lane; i < num_heads * (HEAD_DIM / 4); i += 32) {
-        const int row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-        const float* maxima = partials + ROWS * HEAD_DIM + row;
-        float most = -INFINITY, norm = 0.0f;
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) most = fmaxf(most, __ldcg(maxima + s * stride));
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-        for (int s = 0; s < splits; ++s) {
-            const float factor = exp2f(__ldcg(maxima + s * stride) - most);
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(partials + s * stride + row * HEAD_DIM + column));
-            norm += __ldcg(maxima + s * stride + ROWS) * factor;
-            sum.x += v.x * factor;
-            sum.y += v.y * factor;
-            sum.z += v.z * factor;
-            sum.w += v.w * factor;
+    constexpr int GROUPS = ROWS * HEAD_DIM / 4, MINE = GROUPS < 128 ? (GROUPS + 31) / 32 : 4;
+    const float* maxima = partials + ROWS * HEAD_DIM;
+    for (int first = lane; first < num_heads * HEAD_DIM / 4; first += MINE * 32) {
+        float most[MINE], norm[MINE];
+        float4 sum[MINE];
+#pragma unroll
+        for (int j = 0; j < MINE; ++j) {
+            most[j] = -INFINITY;
+            norm[j] = 0.0f;
+            sum[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
-        norm = 1.0f / norm;
-        store_pair(sum.x * norm, sum.y * norm, out + row * HEAD_DIM + column);
-        store_pair(sum.z * norm, sum.w * norm, out + row * HEAD_DIM + column + 2);
+        const auto row_of = [&](int j) { return min((first + j * 32) / (HEAD_DIM / 4), num_heads - 1); };
+#pragma unroll 4
+        for (int s = 0; s < splits; ++s)
+#pragma unroll
+            for (int j = 0; j < MINE; ++j) most[j] = fmaxf(most[j], __ldcg(maxima + s * stride + row_of(j)));
+#pragma unroll 4
+        for (int s = 0; s < splits; ++s)
+#pragma unroll
+            for (int j = 0; j < MINE; ++j) {
+                const float* one = partials + s * stride + row_of(j) * HEAD_DIM + (first + j * 32) * 4 % HEAD_DIM;
+                const float factor = exp2f(__ldcg(maxima + s * stride + row_of(j)) - most[j]);
+                const float4 v = __ldcg(reinterpret_cast<const float4*>(one));
+                norm[j] += __ldcg(maxima + s * stride + ROWS + row_of(j)) * factor;
+                sum[j].x += v.x * factor;
+                sum[j].y += v.y * factor;
+                sum[j].z += v.z * factor;
+                sum[j].w += v.w * factor;
+            }
+#pragma unroll
+        for (int j = 0; j < MINE; ++j) {
+            const int at = (first + j * 32) * 4;
+            if (at < num_heads * HEAD_DIM) {
+                const float factor = 1.0f / norm[j];
+                store_pair(sum[j].x * factor, sum[j].y * factor, out + at);
+                store_pair(sum[j].z * factor, sum[j].w * factor, out + at + 2);
+            }
+        }
     }
+}
+
+// tickets: [0] of the next unit to be dealt, [1] warps that are done; both are 0 between launches.
+__device__ __forceinline__ void leave_launch(int* tickets, int num_warps, int lane) {
+    if (lane == 0 && atomicAdd(tickets + 1, 1) == num_warps - 1) tickets[0] = tickets[1] = 0;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
-    const int* __restrict__ page_indices, float* __restrict__ partials, int* __restrict__ finished, int page_rows,
-    int window, float scale) {
+    const int* __restrict__ page_indices, float* __restrict__ partials, int* __restrict__ finished,
+    int* __restrict__ tickets, int page_rows, int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned ring = shared_address(shared) + warp * STAGES * STAGE;
-    const int total = num_items[0] * UNITS, stride = gridDim.x * WARPS;
-    const int begin = warp * gridDim.x + blockIdx.x;  // neighbouring units on different multiprocessors
-    if (begin >= total) return;
-
+    const int total = num_items[0] * UNITS, num_warps = gridDim.x * WARPS;
+    const int begin = warp * gridDim.x + blockIdx.x;  // few units lie on different multiprocessors
+    if (begin >= total) {
+        leave_launch(tickets, num_warps, lane);
+        return;
+    }
+    __shared__ Queue queues[WARPS];
+    Queue& queue = queues[warp];
     Copies copies;
     copies.work = work;
     copies.page_indices = page_indices;
     copies.keys = keys;
     copies.values = values;
     copies.page_elements = static_cast<size_t>(page_rows) * KV_HEADS * HEAD_DIM;
+    copies.queue = &queue;
+    copies.tickets = tickets;
     copies.window = window;
     copies.lane = lane;
-    copies.unit = begin;
-    copies.stride = stride;
     copies.total = total;
-    copies.next = work[begin / UNITS];
+    copies.num_warps = num_warps;
+    copies.num_begun = 0;
+    copies.unit = begin;
+    copies.item = work[begin / UNITS];
+    copies.ask();
     copies.start_unit();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) copies.issue(ring + s * STAGE);
 
     int stage = 0;
     State state;
-    int4 item = work[begin / UNITS];
-    for (int unit = begin; unit < total; unit += stride) {
+    for (int taken = 0;; ++taken) {
+        __syncwarp();
+        const int unit = queue.units[taken % QUEUE];
+        if (unit >= total) break;
+        const int4 item = queue.items[taken % QUEUE];
         const int part = unit % UNITS, splits = item.y >> 16, request = item.x;
         const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
         const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
@@ -281,7 +333,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         }
         const Span span(item, window);
         const int split = item.y & 0xffff;
-        if (unit + stride < total) item = work[(unit + stride) / UNITS];
         state.reset();
         for (int position = span.first; position < span.end; position += TILE) {
             wait_copies<STAGES - 2>();
@@ -309,4 +360,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         }
     }
     wait_copies<0>();
+    leave_launch(tickets, num_warps, lane);
 }

@@ -10,7 +10,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 // 16 bytes from global to shared memory; zeros if not `is_valid` (then `source` is not read).
 __device__ __forceinline__ void copy_async(unsigned target, const void* source, bool is_valid) {
     const int bytes = is_valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

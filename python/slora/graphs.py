@@ -10,7 +10,9 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor
 
-MAX_ROWS = 512
+from slora.memory import MAX_GRAPH_ROWS
+
+MAX_ROWS = MAX_GRAPH_ROWS
 """Steps of more rows run eagerly: their kernels take longer than their launches."""
 
 

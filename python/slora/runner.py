@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slora.kernels import backend
 from slora.kernels.adapters import AdapterTables
-from slora.memory import HostTier, PagePool
+from slora.memory import LOGITS_ROWS, HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
@@ -20,7 +20,7 @@ from slora.weights import Weights
 if TYPE_CHECKING:
     from slora.cuda_runner import CudaRunner
 
-PROMPT_LOGPROB_ROWS = 256
+PROMPT_LOGPROB_ROWS = LOGITS_ROWS
 """Prompt log-probabilities are computed for this many rows at a time, which bounds the logits in memory."""
 
 

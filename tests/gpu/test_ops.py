@@ -119,6 +119,8 @@ def test_rope_kv_writes_its_slots_and_nothing_else(
     for rows in (1, 3, 133):
         for world in (cpu, gpu):
             world.step([(Request([1] * rows, max_tokens=1), rows)])
+        step = prepare(gpu, rows)
+        for world in (cpu, gpu):
             world.pool.pages.fill_(255)
         width = config.q_size + 2 * config.kv_size
         qkv, delta = torch.randn(2, rows, width).to(DTYPES[dtype])
@@ -126,7 +128,6 @@ def test_rope_kv_writes_its_slots_and_nothing_else(
         expected = reference.rope_kv(
             qkv.clone().float(), delta.float(), reference_batch(cpu), 1, None if norm is None else norm.float(), 1e-6
         )
-        step = prepare(gpu, rows)
         got = cuda.rope_kv(qkv.cuda(), delta.cuda(), step, 1, None if norm is None else norm.cuda(), 1e-6)
         assert error(got, expected) < TOLERANCES[dtype]
         written = ~cpu.pool.kv.isnan()

@@ -7,9 +7,14 @@ import pytest
 import torch
 from planning import Request, World
 
+from slora.memory import HostTier
 from slora.models.config import ModelConfig
+from slora.plan import StepPlan
+from slora.runner import Pending, StepOutput
 from slora.weights import load_weights
 
+page_copy = pytest.importorskip("slora.kernels.page_copy")
+PageCopies, PinnedSlabs = page_copy.PageCopies, page_copy.PinnedSlabs
 pytestmark = pytest.mark.gpu
 BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 SAMPLING = {"temperature": 0.9, "top_p": 0.9}
@@ -72,6 +77,82 @@ def test_a_broken_row_is_reported_alone() -> None:
     alone = Request([7, 6, 9], max_tokens=3)
     world.generate([alone])
     assert fine.output == alone.output
+
+
+def test_steps_may_be_launched_before_the_one_before_has_ended() -> None:
+    """Recorded plans, whose tokens refer to the step before, from a ring of three buffers with two in flight."""
+    world = make_world("cuda")
+    recorded: list[tuple[torch.Tensor, list[int]]] = []
+    run = world.runner.run
+
+    def record(plan: StepPlan) -> StepOutput:
+        output = run(plan)
+        recorded.append((plan.buffer.clone(), output.ids.tolist()))
+        return output
+
+    world.runner.run = record
+    requests = make_requests()
+    for request in requests:
+        request.max_tokens = 20
+        request.uniforms *= 4
+    world.generate(requests, 100, by_reference=True)
+    buffers = [torch.zeros_like(world.buffer).pin_memory() for _ in range(3)]
+    plans = [StepPlan(buffer, world.layout) for buffer in buffers]
+    pending: list[tuple[Pending, list[int]]] = []
+    for i, (words, expected) in enumerate(recorded):
+        buffers[i % 3].copy_(words)
+        plans[i % 3].refresh()
+        pending.append((world.runner.launch(plans[i % 3]), expected))
+        if len(pending) == 2:
+            launched, ids = pending.pop(0)
+            assert launched.result().ids.tolist() == ids
+    assert pending[0][0].result().ids.tolist() == pending[0][1]
+
+
+def test_swap_ins_bring_the_pages_and_say_so() -> None:
+    world = make_world("cuda")
+    pool = world.pool
+    slabs = PinnedSlabs(300 * pool.page_bytes, pool.page_bytes)
+    host = HostTier(slabs.slabs, pool.page_bytes)
+    for i in range(300):
+        host.page(i).fill_(i % 251)
+    copies = PageCopies(pool, host)
+    done: list[int] = []
+    expected = {}
+    for step in range(1, 4):
+        sources = torch.randperm(300)[:100].tolist()
+        targets = list(range(step * 100, step * 100 + 100))
+        expected |= dict(zip(targets, sources, strict=True))
+        scalars = {"step": step, "num_copies": 100}
+        world.write({"copy_host_pages": sources, "copy_pages": targets}, scalars)
+        busy = torch.cuda.Event()
+        torch.cuda._sleep(1_000_000)
+        busy.record()
+        copies.issue(world.plan, busy)
+    arrived = copies.needed(3)
+    assert arrived is not None
+    torch.cuda.current_stream().wait_event(arrived)
+    for page, source in expected.items():
+        assert pool.pages[page].unique().tolist() == [source % 251]
+    done += copies.done()
+    assert done == [1, 2, 3]
+    assert copies.needed(3) is None
+    copies.close()
+    slabs.close()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 133])
+def test_batch_sizes_of_all_buckets(n: int) -> None:
+    """Padding rows of a bucket change nothing: each request gets what it gets alone."""
+    world = make_world("cuda")
+    prompts = [[(5 * i + j) % 97 for j in range(1 + i % 7)] for i in range(n)]
+    requests = [Request(prompt, max_tokens=3) for prompt in prompts]
+    world.generate(requests, by_reference=True)
+    for prompt, request in list(zip(prompts, requests, strict=True))[:: max(1, n // 5)]:
+        alone = Request(prompt, max_tokens=3)
+        world.generate([alone])
+        assert alone.output == request.output
+        torch.testing.assert_close(torch.tensor(alone.chosen), torch.tensor(request.chosen), atol=1e-4, rtol=1e-4)
 
 
 def test_close_returns_the_memory() -> None:

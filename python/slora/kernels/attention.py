@@ -79,11 +79,11 @@ class Attention:
 
     @cached_property
     def _decode(self) -> tuple[Kernel, int, int]:
-        """(kernel, blocks, bytes of shared memory): as many stages as let two blocks share a multiprocessor."""
+        """(kernel, blocks, bytes of shared memory): as many blocks as fit, then stages."""
         stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
         sizes = {stages: WARPS * stages * stage for stages in (4, 3, 2)}
         p = self._properties
-        for blocks in (2, 1):
+        for blocks in (3, 2, 1) if self.config.head_dim <= 128 else (2, 1):  # what the registers allow
             most = min(p.shared_memory_per_multiprocessor // blocks - _RESERVED_BYTES, p.shared_memory_per_block_optin)
             for stages, size in sizes.items():
                 if size <= most:
@@ -110,19 +110,19 @@ class Attention:
 
     @cached_property
     def _max_splits(self) -> int:
-        """n tokens have at most n / 256 + 5 splits, see cuda/splits.cuh."""
+        """n tokens have at most n / 128 + 9 splits, see cuda/splits.cuh."""
         tokens = self.plan.capacity["page_indices"] * self.pool.page_tokens
-        return tokens // 256 + 5 * self.plan.capacity["seq_lens"]
+        return tokens // 128 + 9 * self.plan.capacity["seq_lens"]
 
     @cached_property
-    def _partials(self) -> tuple[Tensor, Tensor]:
-        """What splits leave for the merge, and how many of a request's splits are done (0 between launches)."""
+    def _partials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What splits leave for the merge; how many of a request's are done, and tickets: 0 between launches."""
         rows = min(self.group, 16)
         units = self.config.num_kv_heads * -(-self.group // 16)
         size = rows * self.config.head_dim + -(-2 * rows // 4) * 4
         partials = torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
         finished = torch.zeros(self.plan.capacity["seq_lens"] * units, dtype=torch.int32, device=self.pool.device)
-        return partials, finished
+        return partials, finished, torch.zeros(2, dtype=torch.int32, device=self.pool.device)
 
     @property
     def _chunk_tokens(self) -> int:

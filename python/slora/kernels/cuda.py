@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slora.kernels import nvrtc
 from slora.kernels.attention import ELEMENTS
-from slora.kernels.nvrtc import Kernel
+from slora.kernels.nvrtc import Argument, Kernel
 from slora.kernels.step import Step
 
 MAX_THREADS = 1024
@@ -92,7 +92,7 @@ def sample_rows(raw: Tensor, logits: Tensor, batch: Step, ids: Tensor) -> None:
     where the row's raw logits are not finite, or every token is forbidden. Rows beyond the plan's are left alone.
     """
     names = ("counts", "temperature", "top_k", "top_p", "min_p", "uniform")
-    args = (raw, logits, *(batch.plan[name] for name in names), raw.shape[1], ids)
+    args: tuple[Argument, ...] = (raw, logits, *(batch.plan[name] for name in names), raw.shape[1], ids)
     _sample()(raw.shape[0], MAX_THREADS, args)
 
 
@@ -110,7 +110,7 @@ def _rms_norm(dtype: torch.dtype, hidden: int) -> tuple[Kernel, int]:
     width = 16 // dtype.itemsize
     pieces = hidden // width if hidden % width == 0 else hidden
     threads = min(MAX_THREADS, -(-pieces // 32) * 32)
-    macros = {"ELEMENT": ELEMENTS[dtype], "HIDDEN": hidden, "THREADS": threads}
+    macros: dict[str, int | str] = {"ELEMENT": ELEMENTS[dtype], "HIDDEN": hidden, "THREADS": threads}
     return nvrtc.load("rms_norm", macros).kernel("rms_norm"), threads
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slora.kernels import nvrtc
+from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
@@ -47,7 +48,7 @@ class PrefillAttention:
         shapes = (num_requests * width, num_requests, num_requests, num_requests + 1)
         self._arrays = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
         names = ("counts", "query_indptr", "seq_lens", "page_indptr", "page_indices")
-        args = (*(self.plan[name] for name in names), width, self.config.q_size, *self._arrays)
+        args: tuple[Argument, ...] = (*(self.plan[n] for n in names), width, self.config.q_size, *self._arrays)
         self._tables(num_requests, 128, args)
         row_bytes = self.config.kv_size * self.pool.flat.element_size()
         numbers = (self.pool.page_tokens, self.pool.page_rows, row_bytes)

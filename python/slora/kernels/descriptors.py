@@ -4,6 +4,7 @@ import torch
 
 from slora.kernels import nvrtc
 from slora.kernels.adapters import MODULE_WORDS, NUM_MODULES
+from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
@@ -30,5 +31,5 @@ class DeviceTables:
         if plan.counts.num_changed:
             names = ("changed_rows", "changed_pages_indptr", "changed_pages", "changed_modules")
             sizes = (self.num_modules * MODULE_WORDS, self.pages.shape[1])
-            args = (*(plan[name] for name in names), *sizes, self.modules, self.pages)
+            args: tuple[Argument, ...] = (*(plan[name] for name in names), *sizes, self.modules, self.pages)
             self._kernel(plan.counts.num_changed, THREADS, args)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from slora.kernels import cuda, nvrtc
+from slora.kernels.nvrtc import Argument
 from slora.kernels.step import Step
 from slora.plan import HAS_PENALTIES, DevicePlan
 
@@ -26,7 +27,7 @@ class DeviceSampler:
         """Take over the state rows that start; due in every step, sampled or not."""
         if plan.counts.num_resets:
             names = ("reset_rows", "reset_prompt_lens", "reset_indptr", "reset_tokens")
-            args = (*(plan[name] for name in names), self._shape[1], *self._tables())
+            args: tuple[Argument, ...] = (*(plan[name] for name in names), self._shape[1], *self._tables())
             self._reset(plan.counts.num_resets, THREADS, args)
 
     @property

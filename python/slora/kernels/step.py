@@ -6,6 +6,7 @@ from torch import Tensor
 from slora.kernels import nvrtc
 from slora.kernels.attention import Attention
 from slora.kernels.descriptors import DeviceTables
+from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
@@ -46,7 +47,15 @@ class Step:
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)
-        args = (*arrays, self.sampled, self._frequencies, *numbers, self._ids, self._sample_index, self._rotation)
+        args: tuple[Argument, ...] = (
+            *arrays,
+            self.sampled,
+            self._frequencies,
+            *numbers,
+            self._ids,
+            self._sample_index,
+            self._rotation,
+        )
         blocks = min(MAX_BLOCKS, -(-max(num_rows * half, num_sampled) // THREADS))
         self._kernel(blocks, THREADS, args)
         self.attention.prepare(is_graph=is_graph)
