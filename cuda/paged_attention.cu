@@ -1,10 +1,11 @@
 // Attention of decode rows over pages, 16-bit, on tensor cores.
 // q, out [rows, HEADS, HEAD_DIM]; keys, values: a layer's views of the pool, token t of page p at row p * page_rows + t of
 // [KV_HEADS, HEAD_DIM]; row r of the step is request r.
-// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. Under a constant grid each
-// warp takes one (item, KV head) unit after the other, by a ticket, and a unit's tiles of 16 tokens in turn, from a ring
-// of copies that runs on into its next unit: warps never wait for each other. Query heads of a KV head are rows of the
-// product, 16 at most. The warp that finishes the last split of a request merges them all, in their order.
+// work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A block takes (item, KV
+// head) units in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring of
+// copies that runs on into the next unit. Query heads of a KV head are rows of the product, 16 at most.
+// What a request's splits leave is merged in their order by a second kernel, a warp per query head: a fence between blocks
+// would wait for the copies in flight.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -13,77 +14,63 @@ constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int HEAD_TILES = (GROUP + 15) / 16;
 constexpr int ROWS = GROUP < 16 ? GROUP : 16;  // of a product, at most
 constexpr int UNITS = KV_HEADS * HEAD_TILES;   // of an item
-constexpr int WARPS = 4;              // of a block
+constexpr int WARPS = 4;
 constexpr int TILE = 16;              // tokens
 constexpr int STRIDE = HEAD_DIM + 8;  // padded: rows of a matrix lie in different banks
 constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
-constexpr int QUEUE = 8;              // units between the copies and the arithmetic: at most one for each stage
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
-static_assert(PAGE_TOKENS % TILE == 0 && MAX_SPLIT_TOKENS / TILE <= 32, "a tile lies in one page; a lane knows one page");
+static_assert(PAGE_TOKENS % TILE == 0 && SPLIT_TOKENS / TILE <= 32 * WARPS, "a tile lies in one page; a lane knows one page");
 
-// What a unit covers: positions [first, end) of a sequence of which [visible, seq_len) is seen.
+// What a warp sees of a unit: the tiles at positions first, first + WARPS * TILE, .. before `end`, of a sequence of which
+// [visible, seq_len) is seen.
 struct Span {
     int first, end, visible, seq_len, start;
-    __device__ Span(const int4& item, int window) {
+    __device__ Span(const int4& item, int window, int warp) {
         seq_len = item.w;
         visible = oldest_visible(seq_len, window);
         const int split = split_of(visible) + (item.y & 0xffff);
         start = split_start(split);  // item.z is its page
-        first = max(start, visible / TILE * TILE);
+        first = max(start, visible / TILE * TILE) + warp * TILE;
         end = min(split_start(split + 1), seq_len);
     }
 };
 
-// Units that a warp's copies have begun, for its arithmetic; `unit` beyond the last one: there are no more.
-struct Queue {
-    int4 items[QUEUE];
-    int units[QUEUE];
-};
-
-struct Copies {  // runs through the tiles of all units of a warp, ahead of the arithmetic
+struct Copies {  // runs through a warp's tiles of all units of its block, ahead of the arithmetic
     const int4* work;
     const int* page_indices;
     const element *keys, *values;
     size_t page_elements;
-    Queue* queue;
-    int* tickets;
-    int window, lane, total, num_warps;
-    int unit, ticket, num_begun;  // the next unit, and the one after it, which has been asked for
-    int4 item;                    // of the next unit
+    int window, warp, lane, total;
+    int unit;   // the next one
+    int4 item;  // its item, read ahead
     int first, end, position, visible, seq_len, kv_head, page_of_lane;
 
-    __device__ void ask() {
-        if (unit < total && lane == 0) ticket = num_warps + atomicAdd(tickets, 1);
-    }
-
-    __device__ void start_unit() {
-        const int place = num_begun++ % QUEUE;
-        if (lane == 0) {
-            queue->items[place] = item;
-            queue->units[place] = unit;
+    __device__ void start_unit() {  // the next one in which this warp has a tile
+        position = end = 0;
+        while (unit < total) {
+            const Span span(item, window, warp);
+            if (span.first < span.end) {
+                first = position = span.first;
+                end = span.end;
+                visible = span.visible;
+                seq_len = span.seq_len;
+                kv_head = unit % UNITS / HEAD_TILES;
+                const int mine = first + lane * WARPS * TILE;
+                page_of_lane = mine < end ? page_indices[item.z + mine / PAGE_TOKENS - span.start / PAGE_TOKENS] : 0;
+            }
+            unit += gridDim.x;
+            if (unit < total) item = work[unit / UNITS];
+            if (position < end) return;
         }
-        first = position = end = 0;
-        if (unit >= total) return;
-        const Span span(item, window);
-        first = position = span.first;
-        end = span.end;
-        visible = span.visible;
-        seq_len = span.seq_len;
-        kv_head = unit % UNITS / HEAD_TILES;
-        const int mine = first + lane * TILE;
-        page_of_lane = mine < end ? page_indices[item.z + mine / PAGE_TOKENS - span.start / PAGE_TOKENS] : 0;
-        unit = __shfl_sync(~0u, ticket, 0);
-        if (unit < total) item = work[unit / UNITS];
-        ask();
     }
 
     __device__ void issue(unsigned target) {
         if (position < end) {
-            const int page = __shfl_sync(~0u, page_of_lane, (position - first) / TILE);
+            const int page = __shfl_sync(~0u, page_of_lane, (position - first) / (WARPS * TILE));
             const size_t row = static_cast<size_t>(page) * page_elements
                 + (static_cast<size_t>(position % PAGE_TOKENS) * KV_HEADS + kv_head) * HEAD_DIM;
 #pragma unroll
@@ -98,7 +85,7 @@ struct Copies {  // runs through the tiles of all units of a warp, ahead of the 
                     copy_async(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
                 }
             }
-            position += TILE;
+            position += WARPS * TILE;
             if (position >= end) start_unit();
         }
         commit_copies();
@@ -115,7 +102,7 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Attention over a unit's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
+// Attention over a warp's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
 struct State {
     float out[OUTS][4];
     float max[2], sum[2];
@@ -182,145 +169,83 @@ struct State {
     }
 };
 
+// Merged accumulators of a block: [WARPS][ROWS][HEAD_DIM], [WARPS][ROWS] maxima, sums.
+struct Merge {
+    float out[WARPS][ROWS][HEAD_DIM];
+    float max[WARPS][ROWS], sum[WARPS][ROWS];
+
+    __device__ void put(State& state, int warp, int lane) {
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
+            const int row = g + half * 8;
+            const float total = quad_sum(state.sum[half]);
+            if (row < ROWS) {
+                if (t == 0) {
+                    max[warp][row] = state.max[half];
+                    sum[warp][row] = total;
+                }
+#pragma unroll
+                for (int n = 0; n < OUTS; ++n)
+                    *reinterpret_cast<float2*>(&out[warp][row][n * 8 + t * 2]) =
+                        make_float2(state.out[n][half * 2], state.out[n][half * 2 + 1]);
+            }
+        }
+    }
+};
+
 // What a split leaves for the merge: [ROWS][HEAD_DIM] weighted sums, [ROWS] maxima, [ROWS] sums of weights.
 constexpr int PARTIAL = ROWS * HEAD_DIM + (2 * ROWS + 3) / 4 * 4;
 
-__device__ __forceinline__ void store_pair(float low, float high, element* target) {
-    *reinterpret_cast<unsigned*>(target) = pack(low, high);
+__device__ __forceinline__ void store4(const float4& v, float factor, element* target) {
+    *reinterpret_cast<uint2*>(target) = make_uint2(pack(v.x * factor, v.y * factor), pack(v.z * factor, v.w * factor));
 }
 
-// out [ROWS][HEAD_DIM] of the state: the weighted means.
-__device__ __forceinline__ void finish(const State& state, int num_heads, int lane, element* out) {
-#pragma unroll
-    for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
-        const int row = lane / 4 + half * 8;
-        const float factor = 1.0f / quad_sum(state.sum[half]);
-        if (row < num_heads)
-#pragma unroll
-            for (int n = 0; n < OUTS; ++n)
-                store_pair(
-                    state.out[n][half * 2] * factor, state.out[n][half * 2 + 1] * factor,
-                    out + row * HEAD_DIM + n * 8 + lane % 4 * 2);
-    }
-}
-
-__device__ __forceinline__ void leave(const State& state, int num_heads, int lane, float* partial) {
-#pragma unroll
-    for (int half = 0; half < (HAS_HIGH_ROWS ? 2 : 1); ++half) {
-        const int row = lane / 4 + half * 8;
-        const float sum = quad_sum(state.sum[half]);
-        if (row < num_heads) {
-#pragma unroll
-            for (int n = 0; n < OUTS; ++n)
-                __stcg(
-                    reinterpret_cast<float2*>(partial + row * HEAD_DIM + n * 8 + lane % 4 * 2),
-                    make_float2(state.out[n][half * 2], state.out[n][half * 2 + 1]));
-            if (lane % 4 == 0) {
-                __stcg(partial + ROWS * HEAD_DIM + row, state.max[half]);
-                __stcg(partial + ROWS * HEAD_DIM + ROWS + row, sum);
-            }
-        }
-    }
-}
-
-// out [num_heads][HEAD_DIM] of all splits of a request, `stride` apart. A lane has every 32nd group of four columns, a few
-// of them at a time.
-__device__ void merge(const float* partials, int splits, size_t stride, int num_heads, int lane, element* out) {
-    constexpr int GROUPS = ROWS * HEAD_DIM / 4, MINE = GROUPS < 128 ? (GROUPS + 31) / 32 : 4;
-    const float* maxima = partials + ROWS * HEAD_DIM;
-    for (int first = lane; first < num_heads * HEAD_DIM / 4; first += MINE * 32) {
-        float most[MINE], norm[MINE];
-        float4 sum[MINE];
-#pragma unroll
-        for (int j = 0; j < MINE; ++j) {
-            most[j] = -INFINITY;
-            norm[j] = 0.0f;
-            sum[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        }
-        const auto row_of = [&](int j) { return min((first + j * 32) / (HEAD_DIM / 4), num_heads - 1); };
-#pragma unroll 4
-        for (int s = 0; s < splits; ++s)
-#pragma unroll
-            for (int j = 0; j < MINE; ++j) most[j] = fmaxf(most[j], __ldcg(maxima + s * stride + row_of(j)));
-#pragma unroll 4
-        for (int s = 0; s < splits; ++s)
-#pragma unroll
-            for (int j = 0; j < MINE; ++j) {
-                const float* one = partials + s * stride + row_of(j) * HEAD_DIM + (first + j * 32) * 4 % HEAD_DIM;
-                const float factor = exp2f(__ldcg(maxima + s * stride + row_of(j)) - most[j]);
-                const float4 v = __ldcg(reinterpret_cast<const float4*>(one));
-                norm[j] += __ldcg(maxima + s * stride + ROWS + row_of(j)) * factor;
-                sum[j].x += v.x * factor;
-                sum[j].y += v.y * factor;
-                sum[j].z += v.z * factor;
-                sum[j].w += v.w * factor;
-            }
-#pragma unroll
-        for (int j = 0; j < MINE; ++j) {
-            const int at = (first + j * 32) * 4;
-            if (at < num_heads * HEAD_DIM) {
-                const float factor = 1.0f / norm[j];
-                store_pair(sum[j].x * factor, sum[j].y * factor, out + at);
-                store_pair(sum[j].z * factor, sum[j].w * factor, out + at + 2);
-            }
-        }
-    }
-}
-
-// tickets: [0] of the next unit to be dealt, [1] warps that are done; both are 0 between launches.
-__device__ __forceinline__ void leave_launch(int* tickets, int num_warps, int lane) {
-    if (lane == 0 && atomicAdd(tickets + 1, 1) == num_warps - 1) tickets[0] = tickets[1] = 0;
+__device__ __forceinline__ void add_scaled(float4& sum, const float4& v, float factor) {
+    sum.x += v.x * factor;
+    sum.y += v.y * factor;
+    sum.z += v.z * factor;
+    sum.w += v.w * factor;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
-    const int* __restrict__ page_indices, float* __restrict__ partials, int* __restrict__ finished,
-    int* __restrict__ tickets, int page_rows, int window, float scale) {
+    const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
     wait_for_previous_kernel();
     let_next_kernel_start();
+    Merge& merge = *reinterpret_cast<Merge*>(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const unsigned ring = shared_address(shared) + warp * STAGES * STAGE;
-    const int total = num_items[0] * UNITS, num_warps = gridDim.x * WARPS;
-    const int begin = warp * gridDim.x + blockIdx.x;  // few units lie on different multiprocessors
-    if (begin >= total) {
-        leave_launch(tickets, num_warps, lane);
-        return;
-    }
-    __shared__ Queue queues[WARPS];
-    Queue& queue = queues[warp];
+    const unsigned ring = shared_address(shared) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
+    const int total = num_items[0] * UNITS;
+    if (static_cast<int>(blockIdx.x) >= total) return;
+
     Copies copies;
     copies.work = work;
     copies.page_indices = page_indices;
     copies.keys = keys;
     copies.values = values;
     copies.page_elements = static_cast<size_t>(page_rows) * KV_HEADS * HEAD_DIM;
-    copies.queue = &queue;
-    copies.tickets = tickets;
     copies.window = window;
+    copies.warp = warp;
     copies.lane = lane;
     copies.total = total;
-    copies.num_warps = num_warps;
-    copies.num_begun = 0;
-    copies.unit = begin;
-    copies.item = work[begin / UNITS];
-    copies.ask();
+    copies.unit = blockIdx.x;
+    copies.item = work[blockIdx.x / UNITS];
     copies.start_unit();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) copies.issue(ring + s * STAGE);
 
     int stage = 0;
     State state;
-    for (int taken = 0;; ++taken) {
-        __syncwarp();
-        const int unit = queue.units[taken % QUEUE];
-        if (unit >= total) break;
-        const int4 item = queue.items[taken % QUEUE];
-        const int part = unit % UNITS, splits = item.y >> 16, request = item.x;
+    int4 next = work[blockIdx.x / UNITS];
+    for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
+        const int4 item = next;
+        const int part = unit % UNITS;
         const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
         const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
-        const size_t row = (static_cast<size_t>(request) * HEADS + first_head) * HEAD_DIM;
+        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
         unsigned query[STEPS][4];
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -331,10 +256,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
             query[k][2] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM + 8) : 0u;
             query[k][3] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM + 8) : 0u;
         }
-        const Span span(item, window);
-        const int split = item.y & 0xffff;
+        if (unit + static_cast<int>(gridDim.x) < total) next = work[(unit + gridDim.x) / UNITS];
         state.reset();
-        for (int position = span.first; position < span.end; position += TILE) {
+        const Span span(item, window, warp);
+        for (int position = span.first; position < span.end; position += WARPS * TILE) {
             wait_copies<STAGES - 2>();
             __syncwarp();
             copies.issue(ring + (stage + STAGES - 1) % STAGES * STAGE);
@@ -342,23 +267,67 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
             stage = (stage + 1) % STAGES;
             __syncwarp();
         }
-        if (splits == 1) {
-            finish(state, num_heads, lane, out + row);
-            continue;
-        }
+        merge.put(state, warp, lane);
+        __syncthreads();
+
+        const bool is_whole = item.y >> 16 == 1;
         float* partial = partials + static_cast<size_t>(unit) * PARTIAL;
-        leave(state, num_heads, lane, partial);
-        __threadfence();
-        __syncwarp();
-        int* counter = finished + static_cast<size_t>(request) * UNITS + part;
-        const bool is_last = __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0) == splits - 1;
-        if (is_last) {
-            __threadfence();
-            const size_t step = static_cast<size_t>(UNITS) * PARTIAL;
-            merge(partial - split * step, splits, step, num_heads, lane, out + row);
-            if (lane == 0) *counter = 0;  // for the next layer
+        for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
+            const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+            float most = -INFINITY, norm = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, merge.max[w][r]);
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const float factor = exp2f(merge.max[w][r] - most);
+                norm += merge.sum[w][r] * factor;
+                add_scaled(sum, *reinterpret_cast<const float4*>(&merge.out[w][r][column]), factor);
+            }
+            if (is_whole) {
+                store4(sum, 1.0f / norm, out + row + r * HEAD_DIM + column);
+            } else {
+                *reinterpret_cast<float4*>(partial + r * HEAD_DIM + column) = sum;
+                if (column == 0) {
+                    partial[ROWS * HEAD_DIM + r] = most;
+                    partial[ROWS * HEAD_DIM + ROWS + r] = norm;
+                }
+            }
         }
+        __syncthreads();  // the next unit writes `merge`
     }
     wait_copies<0>();
-    leave_launch(tickets, num_warps, lane);
+}
+
+// The query heads of requests with several splits: spans [num_decode] (first item, splits).
+extern "C" __global__ void merge_splits(
+    element* __restrict__ out, const int* __restrict__ counts, const int2* __restrict__ spans,
+    const float* __restrict__ partials) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int total = counts[2] * HEADS;
+    for (int i = blockIdx.x * warps + threadIdx.x / 32; i < total; i += gridDim.x * warps) {
+        const int2 span = spans[i / HEADS];
+        if (span.y == 1) continue;
+        const int head = i % HEADS, in_group = head % GROUP, r = in_group % 16;
+        const int part = head / GROUP * HEAD_TILES + in_group / 16;
+        const float* first = partials + (static_cast<size_t>(span.x) * UNITS + part) * PARTIAL;
+        const float* maxima = first + ROWS * HEAD_DIM + r;
+        constexpr size_t STEP = static_cast<size_t>(UNITS) * PARTIAL;
+        float most = -INFINITY;
+        for (int s = lane; s < span.y; s += 32) most = fmaxf(most, maxima[s * STEP]);
+        for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        for (int column = lane * 4; column < HEAD_DIM; column += 128) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float norm = 0.0f;
+#pragma unroll 8
+            for (int s = 0; s < span.y; ++s) {
+                const float factor = exp2f(maxima[s * STEP] - most);
+                norm += maxima[s * STEP + ROWS] * factor;
+                add_scaled(sum, *reinterpret_cast<const float4*>(first + s * STEP + r * HEAD_DIM + column), factor);
+            }
+            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + column);
+        }
+    }
 }

@@ -15,7 +15,8 @@ from slora.memory import PagePool
 from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-TILE_TOKENS = 16
+SPLIT_TOKENS, TILE_TOKENS = 256, 16
+MERGE_THREADS = 256
 WARPS = 4
 CHUNK_ROWS = 16 * WARPS
 SIMPLE_THREADS = 256
@@ -35,6 +36,7 @@ class Attention:
         self._windows = list(dict.fromkeys(self.config.windows))
         self._items = {window: self._new_items() for window in self._windows}
         self._has_prefill = False
+        self._merge: Kernel
         self._cudnn: cudnn.PrefillAttention | None = None
         if self.is_tensor_core and cudnn.is_available():
             self._cudnn = cudnn.PrefillAttention(pool, plan)
@@ -79,17 +81,19 @@ class Attention:
 
     @cached_property
     def _decode(self) -> tuple[Kernel, int, int]:
-        """(kernel, blocks, bytes of shared memory): as many blocks as fit, then stages."""
+        """(kernel, blocks, bytes of shared memory): two blocks share a multiprocessor, with as many stages as fit."""
+        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
         stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
-        sizes = {stages: WARPS * stages * stage for stages in (4, 3, 2)}
+        sizes = {stages: -(-merge // 16) * 16 + WARPS * stages * stage for stages in (4, 3, 2)}
         p = self._properties
-        for blocks in (3, 2, 1) if self.config.head_dim <= 128 else (2, 1):  # what the registers allow
+        for blocks in (2, 1):
             most = min(p.shared_memory_per_multiprocessor // blocks - _RESERVED_BYTES, p.shared_memory_per_block_optin)
             for stages, size in sizes.items():
                 if size <= most:
                     macros = {**self._macros, "STAGES": stages}
-                    kernel = nvrtc.load("paged_attention", macros).kernel("paged_attention")
-                    return kernel, blocks * p.multi_processor_count, size
+                    module = nvrtc.load("paged_attention", macros)
+                    self._merge = module.kernel("merge_splits")
+                    return module.kernel("paged_attention"), blocks * p.multi_processor_count, size
         raise AssertionError(f"no ring of copies fits the shared memory of {p.name}")
 
     @cached_property
@@ -110,32 +114,29 @@ class Attention:
 
     @cached_property
     def _max_splits(self) -> int:
-        """n tokens have at most n / 128 + 9 splits, see cuda/splits.cuh."""
         tokens = self.plan.capacity["page_indices"] * self.pool.page_tokens
-        return tokens // 128 + 9 * self.plan.capacity["seq_lens"]
+        return tokens // SPLIT_TOKENS + self.plan.capacity["seq_lens"]
 
     @cached_property
-    def _partials(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What splits leave for the merge; how many of a request's are done, and tickets: 0 between launches."""
+    def _partials(self) -> Tensor:
+        """What splits leave for the merge."""
         rows = min(self.group, 16)
         units = self.config.num_kv_heads * -(-self.group // 16)
         size = rows * self.config.head_dim + -(-2 * rows // 4) * 4
-        partials = torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
-        finished = torch.zeros(self.plan.capacity["seq_lens"] * units, dtype=torch.int32, device=self.pool.device)
-        return partials, finished, torch.zeros(2, dtype=torch.int32, device=self.pool.device)
+        return torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
 
     @property
     def _chunk_tokens(self) -> int:
         return CHUNK_ROWS // self.group
 
-    def _new_items(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(how many, decode items, prefill items) of one window."""
+    def _new_items(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(how many, decode items, prefill items, spans of decode requests) of one window."""
         tiles = self.plan.capacity["token_ids"] // max(1, self._chunk_tokens) + self.plan.capacity["seq_lens"]
-        count, decode, prefill = (
+        count, decode, prefill, spans = (
             torch.zeros(size, dtype=torch.int32, device=self.pool.device)
-            for size in (4, self._max_splits * 4, tiles * 4)
+            for size in (4, self._max_splits * 4, tiles * 4, self.plan.capacity["seq_lens"] * 2)
         )
-        return count, decode, prefill
+        return count, decode, prefill, spans
 
     def _list_work(self, window: int | None) -> None:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
@@ -146,15 +147,16 @@ class Attention:
     def _run_decode(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._decode
         window = self.config.windows[layer]
-        num_items, decode, _ = self._items[window]
+        num_items, decode, _, spans = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
-        kernel(blocks, WARPS * 32, (*tensors, *self._partials, *numbers), shared, programmatic=True)
+        kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
+        self._merge(blocks, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
 
     def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._chunks
         window = self.config.windows[layer]
-        num_items, _, prefill = self._items[window]
+        num_items, _, prefill, _ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, prefill)
         arrays = tuple(self.plan[name] for name in ("query_indptr", "seq_lens", "page_indptr", "page_indices"))
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
