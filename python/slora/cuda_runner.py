@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from slora import graphs
+from slora.errors import DeviceError
 from slora.graphs import Graphs
 from slora.kernels import backend
 from slora.kernels.descriptors import DeviceTables
@@ -58,7 +59,10 @@ class CudaPending:
         return bool(self._done.query())
 
     def result(self) -> StepOutput:
-        self._done.synchronize()
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:  # an illegal access, a lost device
+            raise DeviceError(f"a step failed on the device: {error}") from error
         output = StepOutput(np.empty(0, np.int32))
         for name, array in self._arrays.items():
             setattr(output, name, array.numpy().copy())
@@ -84,6 +88,7 @@ class CudaRunner:
         host: HostTier | None = None,
     ) -> None:
         device = pool.device
+        torch.set_float32_matmul_precision("highest")  # fp32 means fp32
         self.pool, self.host = pool, host
         self._tables = DeviceTables(pool, max_adapters, max_adapter_pages)
         self._plan = DevicePlan(layout, self._tables.modules[0].numel(), device)

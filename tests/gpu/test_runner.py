@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from planning import Request, World
+from test_kernels import make_modules
 
 from slora.memory import HostTier
 from slora.models.config import ModelConfig
@@ -21,10 +22,12 @@ SAMPLING = {"temperature": 0.9, "top_p": 0.9}
 PENALTIES = {"repetition": 1.3, "presence": 0.4, "frequency": 0.7}
 
 
-def make_world(device: str, dtype: str = "float32") -> World:
+def make_world(device: str, dtype: str = "float32", *, with_adapters: bool = False) -> World:
     config = ModelConfig.from_dir(BASE)
     weights = load_weights(config, BASE, dtype=dtype, device=device, progress=False)
-    return World(config, weights, dtype=dtype, device=device, num_pages=800, page_tokens=32)
+    adapters = {f"r{rank}": make_modules(config, rank) for rank in (1, 7, 16, 58)} if with_adapters else {}
+    adapters |= {"mlp": make_modules(config, 5, (4, 6))} if with_adapters else {}
+    return World(config, weights, adapters, dtype=dtype, device=device, num_pages=1600, page_tokens=32)
 
 
 def make_requests(**changes: object) -> list[Request]:
@@ -52,6 +55,24 @@ def test_the_device_gives_the_tokens_of_the_cpu(chunk: int) -> None:
             torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-4, rtol=1e-4)
         for a, b in zip(cpu.best, gpu.best, strict=True):
             assert list(a) == list(b)
+
+
+def test_adapters_give_the_tokens_of_the_cpu() -> None:
+    """Swapped in by the plan that first uses them, at ranks that differ by module; two adapters trade places."""
+    results = []
+    for device in ("cpu", "cuda"):
+        world = make_world(device, with_adapters=True)
+        for _ in range(2):  # the second time from recorded graphs
+            requests = make_requests()
+            for i, request in enumerate(requests):
+                request.adapter = (*world.images, None)[i % 6]
+            world.generate(requests, 100, by_reference=True)
+            for name in ("r1", "r58"):
+                world.evict(name)
+        results.append(requests)
+    for cpu, gpu in zip(*results, strict=True):
+        assert cpu.output == gpu.output
+        torch.testing.assert_close(torch.tensor(gpu.chosen), torch.tensor(cpu.chosen), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

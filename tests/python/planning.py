@@ -187,9 +187,13 @@ class World:
 
     def evict(self, name: str) -> None:
         """Forget the adapter's row; its pages go to others, scribbled over."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize()  # what runs may still read them
         self.free += self.adapter_pages[name]
         self.pool.pages[self.adapter_pages.pop(name)] = 255
         del self.rows[name]
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize()  # a copy may be ordered into them next
 
     def write(self, arrays: dict[str, list[float]], scalars: dict[str, int]) -> None:
         self.buffer.fill_(-7)
@@ -244,6 +248,8 @@ class World:
         lens = np.diff(arrays["query_indptr"])
         scalars |= {
             "step": self.step_number,
+            "copies_wait_step": self.step_number - 1 if scalars["num_copies"] else 0,
+            "copies_needed_step": self.step_number if scalars["num_copies"] else 0,
             "num_rows": len(arrays["token_ids"]),
             "num_decode": int((lens == 1).sum()),
             "num_requests": len(requests),

@@ -6,9 +6,10 @@ from torch import Tensor
 from slora.kernels import nvrtc
 from slora.kernels.attention import Attention
 from slora.kernels.descriptors import DeviceTables
+from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
-from slora.plan import DevicePlan
+from slora.plan import Counts, DevicePlan
 
 THREADS = 256
 MAX_BLOCKS = 512
@@ -34,6 +35,7 @@ class Step:
         self._sample_index = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         """The ids that the last sampling step sampled; plans refer to them."""
+        self._lora: Lora | None = None
         self._kernel = nvrtc.load("step").kernel("step_rows")
         self.num_rows = 0
         self.has_decode = self.has_prefill = self.has_lora = self.is_graph = False
@@ -59,6 +61,22 @@ class Step:
         blocks = min(MAX_BLOCKS, -(-max(num_rows * half, num_sampled) // THREADS))
         self._kernel(blocks, THREADS, args)
         self.attention.prepare(is_graph=is_graph)
+        if has_lora:
+            num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
+            self.lora.prepare(num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+
+    @property
+    def lora(self) -> Lora:
+        """Made when the first adapter comes: a base that is served alone needs no workspace for it."""
+        if self._lora is None:
+            self._lora = Lora(
+                self.pool,
+                self.tables.modules,
+                self.tables.pages,
+                max_rows=self.plan.capacity["token_ids"],
+                max_segments=min(self.plan.capacity["seg_adapter"], MAX_SEGMENTS),
+            )
+        return self._lora
 
     @property
     def ids(self) -> Tensor:
