@@ -40,6 +40,9 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out]."""
 
+    def head(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Logits in fp32: x [rows, hidden] -> [rows, vocab]."""
+
     def rms_norm(
         self, x: Tensor, residual: Tensor | None, delta: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -69,6 +72,11 @@ def backend(device: str) -> Backend:
     """The backend for a torch device."""
     from slora.errors import ConfigError
 
-    if device.split(":")[0] == "cpu":
-        return cast(Backend, reference)
-    raise ConfigError(f"device = {device!r} is not supported; hint: cpu")
+    match device.split(":")[0]:
+        case "cpu":
+            return cast(Backend, reference)
+        case "cuda":
+            from slora.kernels import cuda
+
+            return cast(Backend, cuda)
+    raise ConfigError(f"device = {device!r} is not supported; hint: cpu or cuda")
