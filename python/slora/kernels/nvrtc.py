@@ -31,11 +31,11 @@ _ARCH = re.compile(r"^#pragma slora arch (sm_\d+a)$", re.MULTILINE)
 _OPTIONS = ("--std=c++17", "--define-macro=NDEBUG", "-default-device")
 _MAX_SHARED, _CLUSTER, _PROGRAMMATIC = 8, 4, 6  # CU_FUNC_ATTRIBUTE_…, CU_LAUNCH_ATTRIBUTE_…
 _STATIC_SHARED_LIMIT = 48 * 1024
+_SCALARS = {"int32": "c_int32", "int64": "c_int64", "uint32": "c_uint32", "uint64": "c_uint64", "float32": "c_float"}
 
 
 def load(name: str, macros: Macros | None = None) -> "Module":
     """`cuda/<name>.cu` for the current device; one module for equal macros in a process."""
-    torch.cuda.init()
     return _load(name, tuple(sorted((macros or {}).items())), torch.cuda.current_device())
 
 
@@ -208,7 +208,7 @@ def _value(arg: Argument) -> Any:
     if arg is None:
         return ctypes.c_void_p()
     if isinstance(arg, np.generic):
-        return np.ctypeslib.as_ctypes_type(arg.dtype)(arg.item())
+        return getattr(ctypes, _SCALARS[arg.dtype.name])(arg.item())
     if isinstance(arg, ctypes.Structure):
         return arg
     assert not isinstance(arg, bool), "a kernel takes no bool: its size is not obvious"
