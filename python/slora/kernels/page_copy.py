@@ -64,7 +64,7 @@ class PageCopies:
 
 
 def _groups(layers: list[int]) -> list[tuple[int, int, int]]:
-    """(layer, start, end) of the copies that one event stands for: cut where the layer changes, once they are enough."""
+    """(layer, start, end) of the copies that one event stands for: cut where the layer changes, once there are many."""
     groups, start = [], 0
     for i in range(1, len(layers) + 1):
         if i == len(layers) or (layers[i] != layers[i - 1] and i - start >= GROUP_PAGES):
