@@ -114,8 +114,7 @@ class CudaRunner:
         """Enqueue a refreshed plan, whose buffer may be written again once its result was taken."""
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
-        if counts.copies_needed_step and (arrived := self._copies.needed(counts.copies_needed_step)) is not None:
-            torch.cuda.current_stream().wait_event(arrived)
+        self._step.arrivals = self._copies.needed(counts.copies_needed_step) if counts.copies_needed_step else []
         self._plan.upload(plan)
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
@@ -165,6 +164,7 @@ class CudaRunner:
     def _forward(self, shape: StepShape) -> Tensor:
         """The normed hidden state [rows, hidden]; valid until the next step."""
         if shape.is_recordable:
+            self._step.wait_for_adapters(self.pool.config.num_layers)
             shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
             self._graphs.run(shape, self._forward_body(shape))
             return self._hidden

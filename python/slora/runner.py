@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slora.kernels import backend
+from slora.kernels import backend, reference
 from slora.kernels.adapters import AdapterTables
 from slora.memory import LOGITS_ROWS, HostTier, PagePool
 from slora.models.config import ModelConfig
@@ -78,10 +78,9 @@ class Runner:
         host: HostTier | None = None,
     ) -> None:
         self.pool, self.host = pool, host
-        self._ops = backend(pool.device.type)
         self._tables = AdapterTables(pool, max_adapters, max_adapter_pages)
-        self._decoder = Decoder(config, weights, self._ops)
-        self._sampler = Sampler(self._ops, max_running, config.vocab_size, pool.device)
+        self._decoder = Decoder(config, weights, backend(pool.device.type))
+        self._sampler = Sampler(max_running, config.vocab_size, pool.device)
         frequencies, self._rope_scaling = inverse_frequencies(config)
         self._frequencies = frequencies.to(pool.device)
         self._copied: list[int] = []
@@ -90,12 +89,12 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a refreshed plan to its end."""
-        self._ops.update_descriptors(self._tables, plan)
-        self._ops.copy_pages(self.pool, self.host, plan)
+        reference.update_descriptors(self._tables, plan)
+        reference.copy_pages(self.pool, self.host, plan)
         self._sampler.reset(plan)
         if not plan.counts.num_rows:
             return StepOutput(np.empty(0, np.int32))
-        batch = self._ops.prepare(plan, self.pool, self._tables, self._frequencies, self._rope_scaling)
+        batch = reference.prepare(plan, self.pool, self._tables, self._frequencies, self._rope_scaling)
         hidden = self._decoder.forward(self._token_ids(plan), batch)
         output = StepOutput(np.empty(0, np.int32))
         if plan.counts.num_sampled:

@@ -145,19 +145,19 @@ def test_swap_ins_bring_the_pages_and_say_so() -> None:
         targets = list(range(step * 100, step * 100 + 100))
         expected |= dict(zip(targets, sources, strict=True))
         scalars = {"step": step, "num_copies": 100}
-        world.write({"copy_host_pages": sources, "copy_pages": targets}, scalars)
+        layers = [i // 13 for i in range(100)]
+        world.write({"copy_host_pages": sources, "copy_pages": targets, "copy_layers": layers}, scalars)
         busy = torch.cuda.Event()
         torch.cuda._sleep(1_000_000)
         busy.record()
         copies.issue(world.plan, busy)
-    arrived = copies.needed(3)
-    assert arrived is not None
-    torch.cuda.current_stream().wait_event(arrived)
+    for _, arrived in copies.needed(3):
+        torch.cuda.current_stream().wait_event(arrived)
     for page, source in expected.items():
         assert pool.pages[page].unique().tolist() == [source % 251]
     done += copies.done()
     assert done == [1, 2, 3]
-    assert copies.needed(3) is None
+    assert copies.needed(3) == []
     copies.close()
     slabs.close()
 

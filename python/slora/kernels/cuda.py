@@ -81,7 +81,10 @@ def silu_mul(gate_up: Tensor, delta: Tensor | None) -> Tensor:
 
 def lora(x: Tensor, batch: Step, layer: int, group: int) -> Tensor | None:
     """x [rows, in] -> delta [rows, out of the group's modules], zero where a row's adapter has no such module."""
-    return batch.lora(x, layer, group) if batch.has_lora else None
+    if not batch.has_lora:
+        return None
+    batch.wait_for_adapters(layer)
+    return batch.lora(x, layer, group)
 
 
 def sample_rows(raw: Tensor, logits: Tensor, batch: Step, ids: Tensor) -> None:

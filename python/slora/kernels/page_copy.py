@@ -13,6 +13,11 @@ from slora.kernels.nvrtc import _driver as driver
 from slora.memory import HostTier, PagePool
 from slora.plan import StepPlan
 
+GROUP_PAGES = 16
+"""Pages of one call, at least: a call takes the host as long as the link takes for two pages of 2 MiB."""
+Arrivals = list[tuple[int, torch.cuda.Event]]
+"""(first layer that needs the pages, when they and all before them have arrived), in the order of the copies."""
+
 
 class PageCopies:
     """The copy stream of one pool."""
@@ -20,7 +25,7 @@ class PageCopies:
     def __init__(self, pool: PagePool, host: HostTier | None) -> None:
         self._pool, self._host = pool, host
         self._stream = torch.cuda.Stream(pool.device)
-        self._pending: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[int, Arrivals]] = deque()
 
     def issue(self, plan: StepPlan, wait_for: torch.cuda.Event | None) -> None:
         """Start the plan's copies, behind `wait_for` (the last step that may still read what they overwrite)."""
@@ -33,23 +38,22 @@ class PageCopies:
         size = self._pool.page_bytes
         sources = [addresses[page] for page in plan.array("copy_host_pages").tolist()]
         targets = [base + page * size for page in plan.array("copy_pages").tolist()]
-        _copy(targets, sources, size, self._stream.cuda_stream)
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        self._pending.append((plan.counts.step, event))
+        arrivals: Arrivals = []
+        for layer, start, end in _groups(plan.array("copy_layers").tolist()):
+            _copy(targets[start:end], sources[start:end], size, self._stream.cuda_stream)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+            arrivals.append((layer, event))
+        self._pending.append((plan.counts.step, arrivals))
 
-    def needed(self, step: int) -> torch.cuda.Event | None:
+    def needed(self, step: int) -> Arrivals:
         """What the compute stream must wait for so that the copies of `step` and before have arrived."""
-        last = None
-        for copied, event in self._pending:
-            if copied <= step:
-                last = event
-        return last
+        return [arrival for copied, arrivals in self._pending if copied <= step for arrival in arrivals]
 
     def done(self) -> list[int]:
         """Steps whose copies have arrived since the last call."""
         steps = []
-        while self._pending and self._pending[0][1].query():
+        while self._pending and self._pending[0][1][-1][1].query():
             steps.append(self._pending.popleft()[0])
         return steps
 
@@ -57,6 +61,16 @@ class PageCopies:
         self._stream.synchronize()
         self._pending.clear()
         self._host = None
+
+
+def _groups(layers: list[int]) -> list[tuple[int, int, int]]:
+    """(layer, start, end) of the copies that one event stands for: cut where the layer changes, once there are many."""
+    groups, start = [], 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or (layers[i] != layers[i - 1] and i - start >= GROUP_PAGES):
+            groups.append((layers[start], start, i))
+            start = i
+    return groups
 
 
 class _Location(ctypes.Structure):

@@ -8,6 +8,7 @@ from slora.kernels.attention import Attention
 from slora.kernels.descriptors import DeviceTables
 from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
+from slora.kernels.page_copy import Arrivals
 from slora.memory import PagePool
 from slora.plan import Counts, DevicePlan
 
@@ -36,6 +37,8 @@ class Step:
         self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         """The ids that the last sampling step sampled; plans refer to them."""
         self._lora: Lora | None = None
+        self.arrivals: Arrivals = []
+        """Swap-ins that the layers must still wait for; a recorded graph waits for all of them before it starts."""
         self._kernel = nvrtc.load("step").kernel("step_rows")
         self.num_rows = 0
         self.has_decode = self.has_prefill = self.has_lora = self.is_graph = False
@@ -64,6 +67,11 @@ class Step:
         if has_lora:
             num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
             self.lora.prepare(num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+
+    def wait_for_adapters(self, layer: int) -> None:
+        """Make the current stream wait for the adapters' weights of `layer`."""
+        while self.arrivals and self.arrivals[0][0] <= layer:
+            torch.cuda.current_stream().wait_event(self.arrivals.pop(0)[1])
 
     @property
     def lora(self) -> Lora:
