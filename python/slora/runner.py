@@ -1,6 +1,7 @@
 """Runs one StepPlan: descriptors, swap-ins, the model, sampling, log-probabilities."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,8 +35,33 @@ class StepOutput:
     prompt_best_logprobs: np.ndarray | None = None
 
 
+class Pending(Protocol):
+    """A launched step."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step's end."""
+
+
+@dataclass
+class Done:
+    """A step that ended with its launch."""
+
+    output: StepOutput
+    is_done: bool = True
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
 class Runner:
-    """The executor of one device: everything that a plan's numbers refer to."""
+    """The executor of one device: everything that a plan's numbers refer to.
+
+    This one runs each step to its end; `CudaRunner` has the same methods, and launches without waiting.
+    """
 
     def __init__(
         self,
@@ -55,6 +81,7 @@ class Runner:
         self._sampler = Sampler(self._ops, max_running, config.vocab_size, pool.device)
         frequencies, self._rope_scaling = inverse_frequencies(config)
         self._frequencies = frequencies.to(pool.device)
+        self._copied: list[int] = []
         self._sampled = torch.empty(0, dtype=torch.int64, device=pool.device)  # the previous step's ids
 
     @torch.inference_mode()
@@ -73,6 +100,18 @@ class Runner:
         if plan.counts.num_prompt_logprobs:
             self._score_prompts(hidden, plan, output)
         return output
+
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start a refreshed plan."""
+        output = self.run(plan)
+        if plan.counts.num_copies:
+            self._copied.append(plan.counts.step)
+        return Done(output)
+
+    def copies_done(self) -> list[int]:
+        """Steps whose swap-ins have arrived since the last call."""
+        copied, self._copied = self._copied, []
+        return copied
 
     def close(self) -> None:
         """Let go of everything that refers to the pool, and free it."""
