@@ -1,0 +1,179 @@
+"""What `LLM` and `AsyncLLM` have in common: the engine, its adapters, and the way from prompts to requests."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slora import _core
+from slora.adapters import Adapters
+from slora.engine import Engine
+from slora.errors import RequestError
+from slora.feed import Feed, Prompt
+from slora.options import Options
+from slora.outputs import Stats
+
+PromptLike = str | Sequence[int]
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+AdapterNames = str | None | Sequence[str | None]
+MAX_CHOICES = 256
+
+
+class Client:
+    """An engine and its clients' side; use `LLM` or `AsyncLLM`."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        adapters: Mapping[str, str | Path] | str | Path | None = None,
+        device: str = Options.device,
+        dtype: str = Options.dtype,
+        load_format: str = Options.load_format,
+        pool_bytes: int | None = None,
+        pool_fraction: float | None = None,
+        host_bytes: int | None = None,
+        page_tokens: int | None = None,
+        max_batch_tokens: int = Options.max_batch_tokens,
+        max_running: int = Options.max_running,
+        max_waiting: int = Options.max_waiting,
+        max_adapters: int = Options.max_adapters,
+        max_context: int | None = None,
+        prefetch: bool = Options.prefetch,
+        seed: int = Options.seed,
+    ) -> None:
+        """Load the base in the folder `model` and register adapters; no adapter's weights are read yet.
+
+        What each keyword means, and its default, is said in `slora.options.Options`. Raises ConfigError, LoadError,
+        AdapterError, DeviceError.
+        """
+        options = Options(
+            adapters=adapters,
+            device=device,
+            dtype=dtype,
+            load_format=load_format,
+            pool_bytes=pool_bytes,
+            pool_fraction=pool_fraction,
+            host_bytes=host_bytes,
+            page_tokens=page_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_adapters=max_adapters,
+            max_context=max_context,
+            prefetch=prefetch,
+            seed=seed,
+        )
+        self._engine = Engine(model, options)
+        self.adapters = Adapters(self._engine)
+
+    def stats(self) -> Stats:
+        """Counters and gauges, as of the last step."""
+        self._engine.check_open()
+        found = self._engine.core.stats()
+        sizes = {"pool_bytes": self._engine.pool_bytes, "page_bytes": self._engine.page_bytes}
+        return Stats(**sizes, **{name: found[name] for name in _COUNTERS})
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Limits in force: max_context, max_running, max_adapters, max_adapter_pages, …"""
+        return self._engine.core.config
+
+    def _submit(self, mailbox: _core.Mailbox, wake_on_token: bool) -> "partial[_core.Output]":
+        self._engine.check_open()
+        return partial(self._engine.core.submit, mailbox=mailbox, wake_on_token=wake_on_token)
+
+    def _feed(self, prompts: list[Prompt], n: int, sampling: dict[str, Any], mailbox: _core.Mailbox) -> Feed:
+        limits = self.limits
+        # Enough for every step to find work and for prefetching to look ahead, within what the engine's queue takes.
+        max_outstanding = min(limits["max_waiting"], 4 * limits["max_running"] + 64)
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
+            raise RequestError(f"n is {n!r}, it must be between 1 and {MAX_CHOICES}")
+        check_seed(sampling)
+        return Feed(prompts, sampling, n, self._submit(mailbox, False), max_outstanding)
+
+    def _prompts(self, prompts: Sequence[PromptLike], adapter: AdapterNames) -> list[Prompt]:
+        names = _names(adapter, len(prompts))
+        return [Prompt(partial(self._ids, prompt), name) for prompt, name in zip(prompts, names, strict=True)]
+
+    def _conversations(
+        self, conversations: Sequence[Conversation], adapter: AdapterNames, **template: Any
+    ) -> list[Prompt]:
+        names = _names(adapter, len(conversations))
+        return [
+            Prompt(partial(self._chat_ids, messages, **template), name)
+            for messages, name in zip(conversations, names, strict=True)
+        ]
+
+    def _ids(self, prompt: PromptLike) -> list[int]:
+        if isinstance(prompt, str):
+            return self._text().encode(prompt)
+        ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        odd = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0), None)
+        if odd is not None:
+            raise RequestError(
+                f"the prompt holds {odd!r}, its token ids must be from 0 to {self._engine.model_config.vocab_size - 1}"
+            )
+        return ids
+
+    def _chat_ids(
+        self,
+        messages: Conversation,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        now = time.localtime()
+        return self._text().encode_chat(
+            json.dumps(messages),
+            tools=json.dumps(tools) if tools is not None else None,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=json.dumps(template_kwargs) if template_kwargs is not None else None,
+            now_unix_s=int(time.mktime(now)),
+            utc_offset_s=now.tm_gmtoff,
+        )
+
+    def _text(self) -> _core.Text:
+        if self._engine.text is None:
+            raise RequestError(f"{self._engine.path} has no tokenizer.json, so text is not served; hint: send token ids")
+        return self._engine.text
+
+
+def check_seed(sampling: Mapping[str, Any]) -> None:
+    """Raises RequestError for a seed that is no 64-bit number."""
+    seed = sampling.get("seed")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed is {seed}, it must be between {-(2**63)} and {2**63 - 1}")
+
+
+def is_one_prompt(prompts: object) -> bool:
+    """Whether it is a single prompt, a text or a list of token ids, not a list of prompts."""
+    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int))
+
+
+def is_one_conversation(messages: object) -> bool:
+    """Whether it is a single conversation, a list of messages, not a list of conversations."""
+    return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
+
+
+def as_list(prompts: Any) -> Any:
+    """Arrays as the lists that they stand for."""
+    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
+
+
+def _names(adapter: AdapterNames, count: int) -> Sequence[str | None]:
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if len(adapter) != count:
+        raise RequestError(f"adapter has {len(adapter)} names for {count} prompts; hint: one name, or one for each prompt")
+    return adapter
+
+
+_COUNTERS = [field.name for field in fields(Stats) if field.name not in ("pool_bytes", "page_bytes")]
