@@ -12,11 +12,11 @@ import torch
 from slora import _core
 from slora.errors import ConfigError, LoadError, RequestError
 from slora.host import HostMemory
-from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool
+from slora.memory import DEFAULT_POOL_BYTES, DEFAULT_POOL_FRACTION, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
 from slora.options import GIB, Options
 from slora.plan import StepPlan
-from slora.runner import Pending, Runner
+from slora.runner import AnyRunner, Pending, create_runner
 from slora.weights import Weights, load_weights
 
 RING = 3
@@ -24,8 +24,9 @@ RING = 3
 IDLE_WAIT_S = 0.05
 COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
-DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
+STEP_COPY_BYTES = 256 << 20
+"""Swap-ins that one step waits for: what the link moves in about a step's time. More arrive beside the steps."""
 
 
 class StepLoop:
@@ -34,8 +35,8 @@ class StepLoop:
     An executor that launches without waiting gets step n + 1 while n runs; never are two launched steps uncommitted.
     """
 
-    def __init__(self, core: _core.Core, runner: Runner, device: torch.device) -> None:
-        self._core, self._runner = core, runner
+    def __init__(self, core: _core.Core, runner: AnyRunner, device: torch.device) -> None:
+        self._core, self._runner, self._device = core, runner, device
         buffers = [
             torch.zeros(core.num_words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(RING)
         ]
@@ -46,6 +47,8 @@ class StepLoop:
     def run(self) -> None:
         """The step thread. An exception ends every request and the engine, visibly."""
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device.index or 0)
             is_idle = False
             while self._core.wait(self._idle_wait_s() if is_idle else 0.0):
                 is_idle = not self._round()
@@ -113,7 +116,7 @@ class Engine:
             self.model_config,
             dtype=self.dtype,
             device=str(self.device),
-            pool_bytes=choose_pool_bytes(options, self.device),
+            pool_bytes=choose_pool_bytes(options, self.model_config, self.dtype, self.device),
             page_tokens=options.page_tokens,
         )
         host = HostMemory(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
@@ -128,15 +131,17 @@ class Engine:
     def _start(self, options: Options, weights: Weights, pool: PagePool, host: HostMemory) -> None:
         self.core = self._make_core(options, pool, host)
         limits = self.core.config
-        runner = Runner(
+        runner = create_runner(
             self.model_config,
             weights,
             pool,
+            layout=self.core.layout,
             max_running=limits["max_running"],
             max_adapters=limits["max_adapters"],
             max_adapter_pages=limits["max_adapter_pages"],
             host=HostTier(host.tensors, pool.page_bytes),
         )
+        runner.warm_up()
         loop = StepLoop(self.core, runner, self.device)
         thread = threading.Thread(target=loop.run, name="slora-step", daemon=True)
         thread.start()
@@ -176,6 +181,7 @@ class Engine:
             max_context=longest,
             eos_token_ids=sorted(token for token in eos if token < config.vocab_size),
             prefetch=options.prefetch,
+            max_copy_pages=max(1, STEP_COPY_BYTES // pool.page_bytes) if self.device.type == "cuda" else None,
             seed=options.seed,
         )
         if core.config["max_context"] < longest:
@@ -241,19 +247,26 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> str:
     return "float32" if device.type == "cpu" else config.dtype
 
 
-def choose_pool_bytes(options: Options, device: torch.device) -> int:
+def choose_pool_bytes(options: Options, config: ModelConfig, dtype: str, device: torch.device) -> int:
     """To be called with the base's weights in place: a fraction is one of what they leave free."""
     if options.pool_bytes is not None:
         return options.pool_bytes
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * (options.pool_fraction or DEFAULT_POOL_FRACTION))
+        return device_pool_bytes(
+            config,
+            dtype=dtype,
+            device=str(device),
+            page_tokens=options.page_tokens,
+            max_batch_tokens=options.max_batch_tokens,
+            max_running=options.max_running,
+            fraction=options.pool_fraction or DEFAULT_POOL_FRACTION,
+        )
     if options.pool_fraction is None:
         return DEFAULT_POOL_BYTES
     return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
 
 
-def _shut_down(core: _core.Core, thread: threading.Thread, runner: Runner, host: HostMemory, pid: int) -> None:
+def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, host: HostMemory, pid: int) -> None:
     """In this order: nothing is freed that another thread may still touch."""
     if os.getpid() != pid:  # a fork took no threads with it, and left their locks as they were
         return
