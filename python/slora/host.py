@@ -1,6 +1,7 @@
 """The host tier's memory: slabs that page images are packed into, and swapped in from."""
 
 import mmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ SLAB_BYTES = 1 << 30
 class HostMemory:
     """Page-aligned slabs of whole pages, outside torch's allocators.
 
-    On the CPU they are zero pages until they are written to, so that a tier that is never used costs nothing. For a CUDA
-    device they are pinned, so that copies run at the link's speed and beside the computation.
+    On the CPU they are zero pages until they are written to, so that a tier that is never used costs nothing. For a
+    CUDA device they are pinned, so that copies run at the link's speed and beside the computation.
     """
 
     def __init__(self, host_bytes: int, page_bytes: int, device: torch.device) -> None:
@@ -40,14 +41,18 @@ class HostMemory:
         """Let go of the slabs. Nothing may use them any more."""
         for tensor in self.tensors:
             if self._is_pinned:
-                torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+                _cudart().cudaHostUnregister(tensor.data_ptr())
         self.tensors.clear()
 
     def _allocate(self, num_bytes: int) -> Tensor:
         memory = mmap.mmap(-1, num_bytes)  # freed when the tensor is
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
         if self._is_pinned:
-            error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0)
+            error = _cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0)
             if int(error):
                 raise RuntimeError(f"pinning {num_bytes} bytes failed: {error}")
         return tensor
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
