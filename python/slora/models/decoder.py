@@ -23,8 +23,8 @@ class Decoder:
         if weights.lm_head is not weights.embed:
             weights.lm_head = ops.pack_linear(weights.lm_head)
 
-    def forward(self, token_ids: Tensor, batch: object) -> tuple[Tensor, Tensor | None]:
-        """token_ids [rows] -> the last residual [rows, hidden] and its delta, to be normed by `logits`."""
+    def forward(self, token_ids: Tensor, batch: object) -> Tensor:
+        """token_ids [rows] -> the normed hidden state [rows, hidden], ready for `logits`."""
         ops, eps = self.ops, self.config.rms_norm_eps
         x = F.embedding(token_ids, self.weights.embed)
         residual: Tensor | None = None
@@ -40,11 +40,9 @@ class Decoder:
             h = ops.silu_mul(ops.linear(h, w.gate_up), delta)
             delta = ops.lora(h, batch, i, DOWN)
             x = ops.linear(h, w.down)
-        return (x if residual is None else x.add_(residual)), delta
+        h, _ = ops.rms_norm(x, residual, delta, self.weights.norm, eps)
+        return h
 
-    def logits(self, hidden: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """fp32 [len(rows), vocab] of what `forward` returned."""
-        x, delta = hidden
-        delta = None if delta is None else delta.index_select(0, rows)
-        h, _ = self.ops.rms_norm(x.index_select(0, rows), None, delta, self.weights.norm, self.config.rms_norm_eps)
-        return self.ops.linear(h, self.weights.lm_head).float()
+        return self.ops.head(hidden.index_select(0, rows), self.weights.lm_head)

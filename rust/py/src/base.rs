@@ -30,9 +30,11 @@ impl Base {
         max_adapter_pages: u32,
         name: Option<String>,
     ) -> PyResult<Self> {
-        let dtypes = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-        let Some(dtype) = dtypes.into_iter().find(|known| known.name() == dtype) else {
-            return Err(config_error(format!("dtype = {dtype:?} must be float32, float16 or bfloat16")));
+        let dtype = match dtype {
+            "float32" => Dtype::F32,
+            "float16" => Dtype::F16,
+            "bfloat16" => Dtype::Bf16,
+            other => return Err(config_error(format!("dtype = {other:?} must be float32, float16 or bfloat16"))),
         };
         Ok(Self(BaseSpec {
             num_layers,
