@@ -6,19 +6,24 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from slora import _core
 from slora.errors import ConfigError, LoadError, RequestError
-from slora.host import HostMemory
-from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool
+from slora.host import HostMemory, allocate_host
+from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
 from slora.options import GIB, Options
 from slora.plan import StepPlan
-from slora.runner import Pending, Runner
+from slora.runner import Pending, Runner, create_runner
 from slora.weights import Weights, load_weights
 
+if TYPE_CHECKING:
+    from slora.cuda_runner import CudaRunner
+
+AnyRunner: TypeAlias = "Runner | CudaRunner"
 RING = 3
 """Plan buffers: one being written, one being run, one whose copy to the device may still be under way."""
 IDLE_WAIT_S = 0.05
@@ -34,8 +39,8 @@ class StepLoop:
     An executor that launches without waiting gets step n + 1 while n runs; never are two launched steps uncommitted.
     """
 
-    def __init__(self, core: _core.Core, runner: Runner, device: torch.device) -> None:
-        self._core, self._runner = core, runner
+    def __init__(self, core: _core.Core, runner: AnyRunner, device: torch.device) -> None:
+        self._core, self._runner, self._device = core, runner, device
         buffers = [
             torch.zeros(core.num_words, dtype=torch.int32, pin_memory=device.type == "cuda") for _ in range(RING)
         ]
@@ -46,6 +51,8 @@ class StepLoop:
     def run(self) -> None:
         """The step thread. An exception ends every request and the engine, visibly."""
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             is_idle = False
             while self._core.wait(self._idle_wait_s() if is_idle else 0.0):
                 is_idle = not self._round()
@@ -113,10 +120,10 @@ class Engine:
             self.model_config,
             dtype=self.dtype,
             device=str(self.device),
-            pool_bytes=choose_pool_bytes(options, self.device),
+            pool_bytes=self._choose_pool_bytes(options),
             page_tokens=options.page_tokens,
         )
-        host = HostMemory(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
+        host = allocate_host(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
         self.page_bytes, self.pool_bytes = pool.page_bytes, pool.pool_bytes
         try:
             self._start(options, weights, pool, host)
@@ -128,14 +135,15 @@ class Engine:
     def _start(self, options: Options, weights: Weights, pool: PagePool, host: HostMemory) -> None:
         self.core = self._make_core(options, pool, host)
         limits = self.core.config
-        runner = Runner(
+        runner = create_runner(
             self.model_config,
             weights,
             pool,
+            layout=self.core.layout,
             max_running=limits["max_running"],
             max_adapters=limits["max_adapters"],
             max_adapter_pages=limits["max_adapter_pages"],
-            host=HostTier(host.tensors, pool.page_bytes),
+            host=HostTier(host.slabs, pool.page_bytes),
         )
         loop = StepLoop(self.core, runner, self.device)
         thread = threading.Thread(target=loop.run, name="slora-step", daemon=True)
@@ -156,6 +164,24 @@ class Engine:
         """End every request, wait for all threads, free all memory. Again: nothing happens."""
         self._close()
 
+    def _choose_pool_bytes(self, options: Options) -> int:
+        """To be called with the base's weights in place: a fraction is one of what they leave free."""
+        if options.pool_bytes is not None:
+            return options.pool_bytes
+        if self.device.type == "cuda":
+            return device_pool_bytes(
+                self.model_config,
+                dtype=self.dtype,
+                device=str(self.device),
+                page_tokens=options.page_tokens,
+                max_batch_tokens=options.max_batch_tokens,
+                max_running=options.max_running,
+                fraction=options.pool_fraction or DEFAULT_POOL_FRACTION,
+            )
+        if options.pool_fraction is None:
+            return DEFAULT_POOL_BYTES
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
+
     def _make_core(self, options: Options, pool: PagePool, host: HostMemory) -> _core.Core:
         config = self.model_config
         longest = options.max_context or config.max_context
@@ -166,7 +192,7 @@ class Engine:
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages),
             self.text,
             slabs=host.slabs,
-            keep_alive=list(host.tensors),
+            keep_alive=host,
             num_pages=pool.num_pages,
             page_tokens=pool.page_tokens,
             max_batch_tokens=options.max_batch_tokens,
@@ -241,19 +267,7 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> str:
     return "float32" if device.type == "cpu" else config.dtype
 
 
-def choose_pool_bytes(options: Options, device: torch.device) -> int:
-    """To be called with the base's weights in place: a fraction is one of what they leave free."""
-    if options.pool_bytes is not None:
-        return options.pool_bytes
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * (options.pool_fraction or DEFAULT_POOL_FRACTION))
-    if options.pool_fraction is None:
-        return DEFAULT_POOL_BYTES
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
-
-
-def _shut_down(core: _core.Core, thread: threading.Thread, runner: Runner, host: HostMemory, pid: int) -> None:
+def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, host: HostMemory, pid: int) -> None:
     """In this order: nothing is freed that another thread may still touch."""
     if os.getpid() != pid:  # a fork took no threads with it, and left their locks as they were
         return
