@@ -122,7 +122,7 @@ class Delta:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length" or "cancelled"; None: not ended. """
+        """ "stop", "length" or "cancelled"; None: not ended."""
 
     @property
     def stop_reason(self) -> int | str | None:

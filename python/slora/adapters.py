@@ -48,8 +48,8 @@ class Adapters(Mapping[str, AdapterInfo]):
     def add(self, name: str, path: str | Path, *, replace: bool = False, pinned: bool = False) -> AdapterInfo:
         """Make the checkpoint in `path` known. Its weights are read when a request first needs them.
 
-        `replace`: a taken name gets a new version; unfinished requests keep the old one. `pinned`: load it now and keep it
-        on the device. Raises AdapterError, naming the key or tensor that cannot be served.
+        `replace`: a taken name gets a new version; unfinished requests keep the old one. `pinned`: load it now and keep
+        it on the device. Raises AdapterError, naming the key or tensor that cannot be served.
         """
         self._engine.check_open()
         return _info(self._engine.core.register(name, str(path), replace, pinned))
@@ -84,4 +84,5 @@ class Adapters(Mapping[str, AdapterInfo]):
 
 
 def _info(found: dict[str, Any]) -> AdapterInfo:
-    return AdapterInfo(**{name: found.get(name) for name in _FIELDS} | {"ranks": found.get("ranks", {})})
+    values: dict[str, Any] = {"ranks": {}, "path": None} | found
+    return AdapterInfo(**{name: values[name] for name in _FIELDS})

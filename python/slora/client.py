@@ -12,7 +12,7 @@ from slora import _core
 from slora.adapters import Adapters
 from slora.engine import Engine
 from slora.errors import RequestError
-from slora.feed import Feed, Prompt
+from slora.feed import Feed, Prompt, Submit
 from slora.options import Options
 from slora.outputs import Stats
 
@@ -21,6 +21,8 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 AdapterNames = str | None | Sequence[str | None]
 MAX_CHOICES = 256
+TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message", "template_kwargs")
+"""Keywords of `chat` that go to the template; the others are of `slora._core.Sampling`."""
 
 
 class Client:
@@ -83,36 +85,47 @@ class Client:
         """Limits in force: max_context, max_running, max_adapters, max_adapter_pages, …"""
         return self._engine.core.config
 
-    def _submit(self, mailbox: _core.Mailbox, wake_on_token: bool) -> "partial[_core.Output]":
+    def _submit(
+        self, ids: list[int], adapter: str | None, sampling: _core.Sampling, mailbox: _core.Mailbox, wake_on_token: bool
+    ) -> _core.Output:
         self._engine.check_open()
-        return partial(self._engine.core.submit, mailbox=mailbox, wake_on_token=wake_on_token)
+        return self._engine.core.submit(ids, adapter, sampling, mailbox, wake_on_token)
 
-    def _feed(self, prompts: list[Prompt], n: int, sampling: dict[str, Any], mailbox: _core.Mailbox) -> Feed:
-        limits = self.limits
-        # Enough for every step to find work and for prefetching to look ahead, within what the engine's queue takes.
-        max_outstanding = min(limits["max_waiting"], 4 * limits["max_running"] + 64)
+    def _feed(self, prompts: list[Prompt], n: int, sampling: Mapping[str, Any], submit: Submit) -> Feed:
+        self._engine.check_open()
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CHOICES:
             raise RequestError(f"n is {n!r}, it must be between 1 and {MAX_CHOICES}")
-        check_seed(sampling)
-        return Feed(prompts, sampling, n, self._submit(mailbox, False), max_outstanding)
+        limits = self.limits
+        # Enough for every step to find work and for prefetching to look ahead, within what the engine's queue takes.
+        return Feed(prompts, sampling, n, submit, min(limits["max_waiting"], 4 * limits["max_running"] + 64))
 
-    def _prompts(self, prompts: Sequence[PromptLike], adapter: AdapterNames) -> list[Prompt]:
-        names = _names(adapter, len(prompts))
-        return [Prompt(partial(self._ids, prompt), name) for prompt, name in zip(prompts, names, strict=True)]
+    def _batch(self, prompts: Any, adapter: AdapterNames) -> tuple[list[Prompt], bool]:
+        """The prompts, and whether it is a single one, not a list."""
+        prompts = _as_list(prompts)
+        is_one = isinstance(prompts, str) or _is_list_of(prompts, int)
+        each: Sequence[PromptLike] = [prompts] if is_one else prompts
+        names = _names(adapter, len(each))
+        return [Prompt(partial(self._ids, prompt), name) for prompt, name in zip(each, names, strict=True)], is_one
 
-    def _conversations(
-        self, conversations: Sequence[Conversation], adapter: AdapterNames, **template: Any
-    ) -> list[Prompt]:
-        names = _names(adapter, len(conversations))
-        return [
-            Prompt(partial(self._chat_ids, messages, **template), name)
-            for messages, name in zip(conversations, names, strict=True)
+    def _chat_batch(
+        self, messages: Any, adapter: AdapterNames, options: Mapping[str, Any]
+    ) -> tuple[list[Prompt], bool, dict[str, Any]]:
+        """The conversations, whether it is a single one, and the sampling options among the options."""
+        is_one = _is_list_of(messages, Mapping)
+        each: Sequence[Conversation] = [messages] if is_one else messages
+        names = _names(adapter, len(each))
+        template = {name: value for name, value in options.items() if name in TEMPLATE_OPTIONS}
+        sampling = {"max_tokens": None} | {name: value for name, value in options.items() if name not in template}
+        prompts = [
+            Prompt(partial(self._chat_ids, conversation, **template), name)
+            for conversation, name in zip(each, names, strict=True)
         ]
+        return prompts, is_one, sampling
 
     def _ids(self, prompt: PromptLike) -> list[int]:
         if isinstance(prompt, str):
             return self._text().encode(prompt)
-        ids: list[int] = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        ids: list[int] = list(_as_list(prompt))
         odd = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0), None)
         if odd is not None:
             raise RequestError(
@@ -142,28 +155,17 @@ class Client:
 
     def _text(self) -> _core.Text:
         if self._engine.text is None:
-            raise RequestError(f"{self._engine.path} has no tokenizer.json, so text is not served; hint: send token ids")
+            raise RequestError(
+                f"{self._engine.path} has no tokenizer.json, so text is not served; hint: send token ids"
+            )
         return self._engine.text
 
 
-def check_seed(sampling: Mapping[str, Any]) -> None:
-    """Raises RequestError for a seed that is no 64-bit number."""
-    seed = sampling.get("seed")
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed is {seed}, it must be between {-(2**63)} and {2**63 - 1}")
+def _is_list_of(values: object, kind: type) -> bool:
+    return isinstance(values, Sequence) and bool(values) and isinstance(values[0], kind)
 
 
-def is_one_prompt(prompts: object) -> bool:
-    """Whether it is a single prompt, a text or a list of token ids, not a list of prompts."""
-    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int))
-
-
-def is_one_conversation(messages: object) -> bool:
-    """Whether it is a single conversation, a list of messages, not a list of conversations."""
-    return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
-
-
-def as_list(prompts: Any) -> Any:
+def _as_list(prompts: Any) -> Any:
     """Arrays as the lists that they stand for."""
     return prompts.tolist() if hasattr(prompts, "tolist") else prompts
 
@@ -172,7 +174,9 @@ def _names(adapter: AdapterNames, count: int) -> Sequence[str | None]:
     if adapter is None or isinstance(adapter, str):
         return [adapter] * count
     if len(adapter) != count:
-        raise RequestError(f"adapter has {len(adapter)} names for {count} prompts; hint: one name, or one for each prompt")
+        raise RequestError(
+            f"adapter has {len(adapter)} names for {count} prompts; hint: one name, or one for each prompt"
+        )
     return adapter
 
 

@@ -11,8 +11,8 @@ import torch
 
 from slora import _core
 from slora.errors import ConfigError, LoadError, RequestError
-from slora.host import HostMemory
-from slora.memory import DEFAULT_POOL_BYTES, DEFAULT_POOL_FRACTION, HostTier, PagePool, device_pool_bytes
+from slora.host import HostMemory, allocate_host
+from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
 from slora.options import GIB, Options
 from slora.plan import StepPlan
@@ -24,6 +24,7 @@ RING = 3
 IDLE_WAIT_S = 0.05
 COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
+DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
 STEP_COPY_BYTES = 256 << 20
 """Swap-ins that one step waits for: what the link moves in about a step's time. More arrive beside the steps."""
@@ -116,10 +117,10 @@ class Engine:
             self.model_config,
             dtype=self.dtype,
             device=str(self.device),
-            pool_bytes=choose_pool_bytes(options, self.model_config, self.dtype, self.device),
+            pool_bytes=self._choose_pool_bytes(options),
             page_tokens=options.page_tokens,
         )
-        host = HostMemory(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
+        host = allocate_host(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
         self.page_bytes, self.pool_bytes = pool.page_bytes, pool.pool_bytes
         try:
             self._start(options, weights, pool, host)
@@ -139,7 +140,7 @@ class Engine:
             max_running=limits["max_running"],
             max_adapters=limits["max_adapters"],
             max_adapter_pages=limits["max_adapter_pages"],
-            host=HostTier(host.tensors, pool.page_bytes),
+            host=HostTier(host.slabs, pool.page_bytes),
         )
         runner.warm_up()
         loop = StepLoop(self.core, runner, self.device)
@@ -161,6 +162,24 @@ class Engine:
         """End every request, wait for all threads, free all memory. Again: nothing happens."""
         self._close()
 
+    def _choose_pool_bytes(self, options: Options) -> int:
+        """To be called with the base's weights in place: a fraction is one of what they leave free."""
+        if options.pool_bytes is not None:
+            return options.pool_bytes
+        if self.device.type == "cuda":
+            return device_pool_bytes(
+                self.model_config,
+                dtype=self.dtype,
+                device=str(self.device),
+                page_tokens=options.page_tokens,
+                max_batch_tokens=options.max_batch_tokens,
+                max_running=options.max_running,
+                fraction=options.pool_fraction or DEFAULT_POOL_FRACTION,
+            )
+        if options.pool_fraction is None:
+            return DEFAULT_POOL_BYTES
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
+
     def _make_core(self, options: Options, pool: PagePool, host: HostMemory) -> _core.Core:
         config = self.model_config
         longest = options.max_context or config.max_context
@@ -171,7 +190,7 @@ class Engine:
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages),
             self.text,
             slabs=host.slabs,
-            keep_alive=list(host.tensors),
+            keep_alive=host,
             num_pages=pool.num_pages,
             page_tokens=pool.page_tokens,
             max_batch_tokens=options.max_batch_tokens,
@@ -245,25 +264,6 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> str:
     if name != "auto":
         return name
     return "float32" if device.type == "cpu" else config.dtype
-
-
-def choose_pool_bytes(options: Options, config: ModelConfig, dtype: str, device: torch.device) -> int:
-    """To be called with the base's weights in place: a fraction is one of what they leave free."""
-    if options.pool_bytes is not None:
-        return options.pool_bytes
-    if device.type == "cuda":
-        return device_pool_bytes(
-            config,
-            dtype=dtype,
-            device=str(device),
-            page_tokens=options.page_tokens,
-            max_batch_tokens=options.max_batch_tokens,
-            max_running=options.max_running,
-            fraction=options.pool_fraction or DEFAULT_POOL_FRACTION,
-        )
-    if options.pool_fraction is None:
-        return DEFAULT_POOL_BYTES
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
 
 
 def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, host: HostMemory, pid: int) -> None:

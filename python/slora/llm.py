@@ -1,21 +1,13 @@
 """Offline generation: lists in, lists out."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, overload
 
 from slora import _core
-from slora.client import (
-    AdapterNames,
-    Client,
-    Conversation,
-    Message,
-    PromptLike,
-    as_list,
-    is_one_conversation,
-    is_one_prompt,
-)
+from slora.client import AdapterNames, Client, Conversation, PromptLike
 from slora.feed import Prompt
 from slora.outputs import Result
 
@@ -36,22 +28,11 @@ class LLM(Client):
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: PromptLike,
         *,
-        adapter: AdapterNames = None,
-        n: int = 1,
-        progress: bool | None = None,
-        **sampling: Any,
-    ) -> Result: ...
-
-    @overload
-    def generate(
-        self,
-        prompts: Sequence[int],
-        *,
-        adapter: AdapterNames = None,
-        n: int = 1,
-        progress: bool | None = None,
+        adapter: str | None = ...,
+        n: int = ...,
+        progress: bool | None = ...,
         **sampling: Any,
     ) -> Result: ...
 
@@ -60,9 +41,9 @@ class LLM(Client):
         self,
         prompts: Sequence[PromptLike],
         *,
-        adapter: AdapterNames = None,
-        n: int = 1,
-        progress: bool | None = None,
+        adapter: AdapterNames = ...,
+        n: int = ...,
+        progress: bool | None = ...,
         **sampling: Any,
     ) -> list[Result]: ...
 
@@ -75,51 +56,55 @@ class LLM(Client):
         progress: bool | None = None,
         **sampling: Any,
     ) -> Result | list[Result]:
-        """Answer prompts, each a text or a list of token ids: a list of results for a list, a result for a single prompt.
+        """Answer prompts, each a text or a list of token ids: a list of results for a list, else a result.
 
         `adapter`: one name for all prompts, or one for each; None is the base. `n` answers to each prompt, of different
         seeds. `progress`: a bar, by default on a terminal. `sampling`: the keywords of `slora._core.Sampling`, such as
-        max_tokens, temperature, top_p, stop, seed, logprobs. The first error ends the call; other requests are cancelled.
+        max_tokens, temperature, top_p, stop, seed, logprobs. The first error ends the call and cancels the others.
         """
-        prompts = as_list(prompts)
-        if is_one_prompt(prompts):
-            return self._run(self._prompts([prompts], adapter), n, sampling, False)[0]  # type: ignore[list-item]
-        return self._run(self._prompts(prompts, adapter), n, sampling, progress)  # type: ignore[arg-type]
+        batch, is_one = self._batch(prompts, adapter)
+        results = self._run(batch, n, sampling, progress)
+        return results[0] if is_one else results
 
     @overload
-    def chat(self, messages: Sequence[Message], **options: Any) -> Result: ...
+    def chat(
+        self,
+        messages: Conversation,
+        *,
+        adapter: str | None = ...,
+        n: int = ...,
+        progress: bool | None = ...,
+        **options: Any,
+    ) -> Result: ...
 
     @overload
-    def chat(self, messages: Sequence[Conversation], **options: Any) -> list[Result]: ...
+    def chat(
+        self,
+        messages: Sequence[Conversation],
+        *,
+        adapter: AdapterNames = ...,
+        n: int = ...,
+        progress: bool | None = ...,
+        **options: Any,
+    ) -> list[Result]: ...
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         *,
         adapter: AdapterNames = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
         n: int = 1,
         progress: bool | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Result | list[Result]:
         """Answer a conversation, or each of several, through the model's chat template.
 
-        `max_tokens` is by default what the context holds; all else is as in `generate`.
+        `options`: tools, add_generation_prompt, continue_final_message and template_kwargs for the template, all others
+        as in `generate`; max_tokens is by default what the context holds.
         """
-        template = {
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "template_kwargs": template_kwargs,
-        }
-        sampling = {"max_tokens": None} | sampling
-        if is_one_conversation(messages):
-            one = self._conversations([messages], adapter, **template)  # type: ignore[list-item]
-            return self._run(one, n, sampling, False)[0]
-        return self._run(self._conversations(messages, adapter, **template), n, sampling, progress)  # type: ignore[arg-type]
+        batch, is_one, sampling = self._chat_batch(messages, adapter, options)
+        results = self._run(batch, n, sampling, progress)
+        return results[0] if is_one else results
 
     def close(self) -> None:
         """End every request, wait for all threads and free all memory."""
@@ -135,7 +120,7 @@ class LLM(Client):
 
     def _run(self, prompts: list[Prompt], n: int, sampling: dict[str, Any], progress: bool | None) -> list[Result]:
         mailbox = _core.Mailbox()
-        feed = self._feed(prompts, n, sampling, mailbox)
+        feed = self._feed(prompts, n, sampling, partial(self._submit, mailbox=mailbox, wake_on_token=False))
         with _progress_bar(len(prompts), progress) as bar:
             try:
                 while feed.num_left:

@@ -65,12 +65,14 @@ class Options:
             return {name: Path(path) for name, path in self.adapters.items()}
         folder = Path(self.adapters)
         if not folder.is_dir():
-            raise LoadError(f"adapters = {str(folder)!r}: no such folder; hint: a folder whose sub-folders are adapters")
+            raise LoadError(
+                f"adapters = {str(folder)!r}: no such folder; hint: a folder whose sub-folders are adapters"
+            )
         return {path.name: path for path in sorted(folder.iterdir()) if is_adapter(path)}
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the folder holds a PEFT adapter, as far as its files' names say (PEFT nests those with names one deeper)."""
+    """Whether the folder holds a PEFT adapter, as far as its files' names say (PEFT nests some a folder deeper)."""
     return (path / "adapter_config.json").exists() or any(path.glob("*/adapter_config.json"))
 
 

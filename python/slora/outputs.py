@@ -26,7 +26,7 @@ class Choice:
     text: str
     token_ids: list[int]
     finish_reason: str
-    """ "stop": an end-of-sequence or stop token, which is the last of `token_ids`, or a stop string; "length"; "cancelled". """
+    """ "stop": an end-of-sequence or stop token, the last of `token_ids`, or a stop string; "length"; "cancelled". """
     stop_reason: int | str | None
     """The stop token or the stop string; None: neither ended it."""
     logprobs: LogProbs | None

@@ -8,7 +8,6 @@ import torch
 from planning import Request, World
 from test_kernels import make_modules
 
-from slora.host import HostMemory
 from slora.memory import HostTier
 from slora.models.config import ModelConfig
 from slora.plan import StepPlan
@@ -16,7 +15,7 @@ from slora.runner import Pending, StepOutput
 from slora.weights import load_weights
 
 page_copy = pytest.importorskip("slora.kernels.page_copy")
-PageCopies = page_copy.PageCopies
+PageCopies, PinnedSlabs = page_copy.PageCopies, page_copy.PinnedSlabs
 pytestmark = pytest.mark.gpu
 BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 SAMPLING = {"temperature": 0.9, "top_p": 0.9}
@@ -134,7 +133,7 @@ def test_steps_may_be_launched_before_the_one_before_has_ended() -> None:
 def test_swap_ins_bring_the_pages_and_say_so() -> None:
     world = make_world("cuda")
     pool = world.pool
-    slabs = HostMemory(300 * pool.page_bytes, pool.page_bytes, pool.device)
+    slabs = PinnedSlabs(300 * pool.page_bytes, pool.page_bytes)
     host = HostTier(slabs.slabs, pool.page_bytes)
     for i in range(300):
         host.page(i).fill_(i % 251)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slora.errors import DeviceError
 from slora.kernels.nvrtc import _check as check
 from slora.kernels.nvrtc import _driver as driver
 from slora.memory import HostTier, PagePool
@@ -119,3 +120,35 @@ def _batch_copy() -> tuple[str, Any] | None:
         except AttributeError:
             continue
     return None
+
+
+class PinnedSlabs:
+    """Host pages in pinned memory, outside torch's caching allocator: slabs of at most 1 GiB, of whole pages."""
+
+    MAX_SLAB_BYTES = 1 << 30
+
+    def __init__(self, num_bytes: int, page_bytes: int) -> None:
+        """Raises DeviceError if the system does not let that much memory be pinned."""
+        torch.cuda.synchronize()  # makes the device's context this thread's
+        self.slabs: list[tuple[int, int]] = []
+        """(address, bytes) of each."""
+        rest = num_bytes // page_bytes
+        most = max(1, self.MAX_SLAB_BYTES // page_bytes)
+        while rest > 0:
+            pages = min(rest, most)
+            self.slabs.append((self._allocate(pages * page_bytes, num_bytes), pages * page_bytes))
+            rest -= pages
+
+    def close(self) -> None:
+        for address, _ in self.slabs:
+            check(driver().cuMemFreeHost(ctypes.c_void_p(address)), "free pinned memory")
+        self.slabs.clear()
+
+    def _allocate(self, slab_bytes: int, total: int) -> int:
+        address = ctypes.c_void_p()
+        error = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(slab_bytes), 1)
+        if error:
+            self.close()
+            raise DeviceError(f"cannot pin {total} bytes of host memory; hint: a smaller host tier")
+        assert address.value is not None
+        return address.value
