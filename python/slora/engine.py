@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from slora import _core
+from slora.base import make_base
 from slora.errors import ConfigError, LoadError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
@@ -219,23 +220,6 @@ class Engine:
         except BaseException:
             self.close()
             raise
-
-
-def make_base(config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int) -> _core.Base:
-    """The base as adapters see it."""
-    return _core.Base(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        dtype=dtype,
-        page_bytes=page_bytes,
-        max_adapter_pages=max_adapter_pages,
-        name=path.absolute().name,
-    )
 
 
 def open_text(path: Path) -> _core.Text | None:
