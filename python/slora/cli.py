@@ -153,8 +153,9 @@ def print_report(report: dict[str, Any]) -> None:
         scales = _range(module["min_scale"], module["max_scale"])
         print(f"{module['module']:10}  {module['num_layers']:6}  {ranks:10}  {scales}")
     print(
-        f"{report['num_mapped']} tensors mapped, {report['num_ignored']} ignored; {report['num_parameters']} parameters "
-        f"in {'+'.join(report['dtypes'])}; {report['image_bytes']} bytes in {report['num_pages']} pages"
+        f"{report['num_mapped']} tensors mapped, {report['num_ignored']} ignored; "
+        f"{report['num_parameters']} parameters in {'+'.join(report['dtypes'])}; "
+        f"{report['image_bytes']} bytes in {report['num_pages']} pages"
     )
     for warning in report["warnings"]:
         print(f"warning: {warning['message']}")

@@ -20,12 +20,14 @@ def run() -> int:
     except ImportError as error:
         print(f"nothing can run: torch cannot be imported: {error}")
         return 1
-    print(f"device cpu: torch's own kernels, {torch.get_num_threads()} threads, float32 unless another dtype is asked for")
+    print(
+        f"device cpu: torch's own kernels, {torch.get_num_threads()} threads, float32 unless another dtype is asked for"
+    )
     for index in range(torch.cuda.device_count()):
         _print_cuda(index)
     if not torch.cuda.device_count():
         print("device cuda: torch sees none")
-    print(f"an engine with device=\"auto\" would run on {'cuda' if torch.cuda.is_available() else 'cpu'}")
+    print(f'an engine with device="auto" would run on {"cuda" if torch.cuda.is_available() else "cpu"}')
     return 0
 
 

@@ -114,6 +114,9 @@ class Engine:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.model_config, self.device)
         adapter_paths = options.adapter_paths()
+        if (options.max_context or 0) > self.model_config.max_context:
+            limit = self.model_config.max_context
+            raise ConfigError(f"max_context = {options.max_context}: the model's limit is {limit} tokens")
         weights = load_weights(
             self.model_config, self.path, dtype=self.dtype, device=str(self.device), load_format=options.load_format
         )
@@ -184,10 +187,7 @@ class Engine:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
 
     def _make_core(self, options: Options, pool: PagePool, host: HostMemory) -> _core.Core:
-        config = self.model_config
-        longest = options.max_context or config.max_context
-        if longest > config.max_context:
-            raise ConfigError(f"max_context = {longest}: the model's limit is {config.max_context} tokens")
+        config, longest = self.model_config, options.max_context or self.model_config.max_context
         eos = {*config.eos_token_ids, *(self.text.stop_token_ids if self.text else ())}
         core = _core.Core(
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages),
