@@ -132,6 +132,10 @@ class CudaRunner:
             del self._ends[next(iter(self._ends))]
         return CudaPending(done, arrays)
 
+    def warm_up(self) -> None:
+        """Record the graphs of decode steps: other shapes are recorded when they first come."""
+        self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
+
     def copies_done(self) -> list[int]:
         """Steps whose swap-ins have arrived since the last call."""
         return self._copies.done()

@@ -6,7 +6,6 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -18,13 +17,9 @@ from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_byt
 from slora.models.config import ModelConfig
 from slora.options import GIB, Options
 from slora.plan import StepPlan
-from slora.runner import Pending, Runner, create_runner
+from slora.runner import AnyRunner, Pending, create_runner
 from slora.weights import Weights, load_weights
 
-if TYPE_CHECKING:
-    from slora.cuda_runner import CudaRunner
-
-AnyRunner: TypeAlias = "Runner | CudaRunner"
 RING = 3
 """Plan buffers: one being written, one being run, one whose copy to the device may still be under way."""
 IDLE_WAIT_S = 0.05
@@ -32,6 +27,8 @@ COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
+STEP_COPY_BYTES = 256 << 20
+"""Swap-ins that one step waits for: what the link moves in about a step's time. More arrive beside the steps."""
 
 
 class StepLoop:
@@ -53,7 +50,7 @@ class StepLoop:
         """The step thread. An exception ends every request and the engine, visibly."""
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
+                torch.cuda.set_device(self._device.index or 0)
             is_idle = False
             while self._core.wait(self._idle_wait_s() if is_idle else 0.0):
                 is_idle = not self._round()
@@ -149,6 +146,7 @@ class Engine:
             max_adapter_pages=limits["max_adapter_pages"],
             host=HostTier(host.slabs, pool.page_bytes),
         )
+        runner.warm_up()
         loop = StepLoop(self.core, runner, self.device)
         thread = threading.Thread(target=loop.run, name="slora-step", daemon=True)
         thread.start()
@@ -203,6 +201,7 @@ class Engine:
             max_context=longest,
             eos_token_ids=sorted(token for token in eos if token < config.vocab_size),
             prefetch=options.prefetch,
+            max_copy_pages=max(1, STEP_COPY_BYTES // pool.page_bytes) if self.device.type == "cuda" else None,
             seed=options.seed,
         )
         if core.config["max_context"] < longest:

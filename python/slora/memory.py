@@ -14,6 +14,7 @@ from slora.models.config import DTYPE_BYTES, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_POOL_BYTES = 512 << 20
+DEFAULT_POOL_FRACTION = 0.9
 MAX_GRAPH_ROWS, LOGITS_ROWS = 512, 256
 """Rows of the largest recorded step, and of logits at a time for prompts."""
 LIBRARY_BYTES = 256 << 20
@@ -117,7 +118,7 @@ def device_pool_bytes(
     page_tokens: int | None = None,
     max_batch_tokens: int,
     max_running: int,
-    fraction: float = 0.9,
+    fraction: float = DEFAULT_POOL_FRACTION,
 ) -> int:
     """How large a pool the CUDA device still has room for: `fraction` of what is free beside a step's workspace.
 

@@ -1,7 +1,7 @@
 """Runs one StepPlan: descriptors, swap-ins, the model, sampling, log-probabilities."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from slora.weights import Weights
 
 if TYPE_CHECKING:
     from slora.cuda_runner import CudaRunner
+
+AnyRunner: TypeAlias = "Runner | CudaRunner"
 
 PROMPT_LOGPROB_ROWS = LOGITS_ROWS
 """Prompt log-probabilities are computed for this many rows at a time, which bounds the logits in memory."""
@@ -110,6 +112,9 @@ class Runner:
             self._copied.append(plan.counts.step)
         return Done(output)
 
+    def warm_up(self) -> None:
+        """Do before the first step what would otherwise hold it up: nothing, here."""
+
     def copies_done(self) -> list[int]:
         """Steps whose swap-ins have arrived since the last call."""
         copied, self._copied = self._copied, []
@@ -165,7 +170,7 @@ def create_runner(
     max_adapters: int,
     max_adapter_pages: int,
     host: HostTier | None = None,
-) -> "Runner | CudaRunner":
+) -> "AnyRunner":
     """The executor for the pool's device. `layout` is that of the plans it will get."""
     if pool.device.type == "cuda":
         from slora.cuda_runner import CudaRunner

@@ -1,8 +1,10 @@
-"""Every kernel of the base model's ops compiles for every architecture; needs no GPU."""
+"""Every kernel compiles for every architecture; needs no GPU."""
+
+from pathlib import Path
 
 import pytest
 
-nvrtc = pytest.importorskip("slora.kernels.nvrtc")
+from slora.kernels import nvrtc
 
 LLAMA = {"HEAD_DIM": 128, "HEADS": 32, "KV_HEADS": 8, "PAGE_TOKENS": 16}
 ODD = {"HEAD_DIM": 16, "HEADS": 3, "KV_HEADS": 1, "PAGE_TOKENS": 64}
@@ -15,6 +17,7 @@ SOURCES = {
     "paged_attention": (HALF, [{**shape, "STAGES": 2} for shape in (LLAMA, ODD, WIDE)]),
     "chunk_attention": (HALF, [LLAMA, ODD, WIDE]),
     "simple_attention": (ALL, [LLAMA, {**ODD, "HEAD_DIM": 90}]),
+    "lora": ((None,), [{"DTYPE": 1, "ALIGNED": 1}, {"DTYPE": 2, "ALIGNED": 0}, {"DTYPE": 0, "ALIGNED": 1}]),
     **{name: ((None,), [{}]) for name in ("step", "sample", "penalties", "descriptors")},
 }
 
@@ -26,3 +29,7 @@ def test_compiles(name: str, arch: str) -> None:
     for element in elements if arch == "sm_90" else elements[-1:]:
         for shape in shapes if arch == "sm_90" else shapes[:1]:
             assert nvrtc.compile_only(name, shape if element is None else {"ELEMENT": element, **shape}, arch)
+
+
+def test_no_source_is_left_out() -> None:
+    assert {path.stem for path in (Path(__file__).parents[2] / "cuda").glob("*.cu")} == set(SOURCES)

@@ -1,4 +1,4 @@
-"""Every kernel file compiles for every architecture, and the cache notices what it should. Needs no device."""
+"""The cache of kernels notices what it should; errors name their place. Needs no device."""
 
 from pathlib import Path
 
@@ -6,14 +6,6 @@ import pytest
 
 from slora.errors import DeviceError
 from slora.kernels import nvrtc
-
-ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-SOURCES = sorted(path.stem for path in (Path(__file__).parents[2] / "cuda").glob("*.cu"))
-
-try:
-    nvrtc.nvrtc_version()
-except DeviceError as error:
-    pytest.skip(str(error), allow_module_level=True)
 
 
 @pytest.fixture
@@ -25,12 +17,6 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(nvrtc, "_source_dir", lambda: tmp_path)
     monkeypatch.setenv("SLORA_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", SOURCES)
-def test_every_source_compiles(name: str, arch: str) -> None:
-    assert nvrtc.compile_only(name, {}, arch).startswith(b"\x7fELF")
 
 
 def test_headers_are_inlined_once(sources: Path) -> None:

@@ -475,8 +475,17 @@ fn a_retired_version_keeps_its_host_image_until_its_last_request_ends() {
 
 #[test]
 fn a_retired_version_without_a_host_image_gives_way_last() {
-    let mut world =
-        World::new(EngineConfig { num_pages: 9, num_host_pages: 2, max_running: 1, prefetch: false, ..config() }, 0);
+    let mut world = World::new(
+        EngineConfig {
+            num_pages: 9,
+            num_host_pages: 2,
+            max_running: 1,
+            prefetch: false,
+            eviction: Eviction::Lru,
+            ..config()
+        },
+        0,
+    );
     load(&mut world, &["x".into()], 2);
     load(&mut world, &["o".into()], 2);
     let hog = submit(&mut world, None, 15, 12);

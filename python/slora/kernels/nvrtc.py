@@ -152,13 +152,11 @@ class Launch:
         self._launch = _driver().cuLaunchKernelEx
 
     def set(self, index: int, value: Argument) -> None:
-        """Replace an argument by one of the same type."""
+        """Replace an argument by one of the same type. A tensor is not kept alive: it must last until the launch."""
         new = _value(value)
         old = self._values[index]
         assert type(new) is type(old), f"argument {index} of {self._name} changes its type"
         ctypes.memmove(ctypes.addressof(old), ctypes.addressof(new), ctypes.sizeof(old))
-        if isinstance(value, Tensor):
-            self._args = (*self._args[:index], value, *self._args[index + 1 :])
 
     def __call__(self, stream: int | None = None) -> None:
         self._config.stream = current_stream() if stream is None else stream
