@@ -27,6 +27,8 @@ COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
+MAX_LOADERS = 8
+"""Threads that pack adapters: about 1 GB/s each."""
 STEP_COPY_BYTES = 256 << 20
 """Swap-ins that one step waits for: what the link moves in about a step's time. More arrive beside the steps."""
 
@@ -201,6 +203,7 @@ class Engine:
             max_context=longest,
             eos_token_ids=sorted(token for token in eos if token < config.vocab_size),
             prefetch=options.prefetch,
+            num_loaders=min(MAX_LOADERS, os.cpu_count() or 1),
             max_copy_pages=max(1, STEP_COPY_BYTES // pool.page_bytes) if self.device.type == "cuda" else None,
             seed=options.seed,
         )

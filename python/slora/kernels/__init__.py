@@ -10,7 +10,7 @@ from torch import Tensor
 from slora.kernels import reference
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 (the paper's letter)
-"""The groups of a layer's LoRA modules: one `lora` call each."""
+"""The groups of a layer's LoRA modules: one `project` call each."""
 
 
 class Backend(Protocol):
@@ -21,10 +21,12 @@ class Backend(Protocol):
     """
 
     def pack_linear(self, weight: Tensor) -> Tensor:
-        """A linear weight [out, in] in the layout that `linear` likes best; may be the weight itself."""
+        """A linear weight [out, in] in the layout that `project` likes best; may be the weight itself."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [rows, in] -> [rows, out]."""
+    def project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Any, layer: int, group: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A linear and its delta: x [rows, in] -> both [rows, out], the group's modules side by side."""
 
     def head(self, x: Tensor, weight: Tensor) -> Tensor:
         """Logits in fp32: x [rows, hidden] -> [rows, vocab]."""
@@ -44,9 +46,6 @@ class Backend(Protocol):
 
     def silu_mul(self, gate_up: Tensor, delta: Tensor | None) -> Tensor:
         """silu(gate) * up of gate_up + delta: [rows, intermediate]. May write into gate_up."""
-
-    def lora(self, x: Tensor, batch: Any, layer: int, group: int) -> Tensor | None:
-        """delta [rows, out of the group's modules side by side] for x [rows, in]."""
 
 
 def backend(device: str) -> Backend:

@@ -29,6 +29,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: Step, layer: int, group: int
+) -> tuple[Tensor, Tensor | None]:
+    """x [rows, in] -> (linear, delta), both [rows, out]. In a recorded graph the delta is a branch beside the GEMM."""
+    if not (batch.has_lora and batch.is_graph):
+        return linear(x, weight, bias), lora(x, batch, layer, group)
+    main, side = torch.cuda.current_stream(), batch.side_stream
+    side.wait_stream(main)
+    delta = batch.lora(x, layer, group, side.cuda_stream)
+    out = linear(x, weight, bias)
+    main.wait_stream(side)
+    return out, delta
+
+
 def head(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, hidden], weight [vocab, hidden] -> fp32 [rows, vocab], not rounded in between."""
     if x.dtype == torch.float32:

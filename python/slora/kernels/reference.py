@@ -53,6 +53,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, layer: int, group: int
+) -> tuple[Tensor, Tensor | None]:
+    """x [rows, in] -> (linear, delta), both [rows, out]."""
+    return linear(x, weight, bias), lora(x, batch, layer, group)
+
+
 def head(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, hidden], weight as for `linear` [vocab, hidden] -> fp32 [rows, vocab]."""
     return linear(x, weight).float()

@@ -37,6 +37,8 @@ class Step:
         self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         """The ids that the last sampling step sampled; plans refer to them."""
         self._lora: Lora | None = None
+        self.side_stream = torch.cuda.Stream(device)
+        """For what may run beside the main stream's kernels, between two points of a layer."""
         self.arrivals: Arrivals = []
         """Swap-ins that the layers must still wait for; a recorded graph waits for all of them before it starts."""
         self._kernel = nvrtc.load("step").kernel("step_rows")

@@ -31,15 +31,12 @@ class Decoder:
         delta: Tensor | None = None
         for i, w in enumerate(self.weights.layers):
             h, residual = ops.rms_norm(x, residual, delta, w.input_norm, eps)
-            delta = ops.lora(h, batch, i, QKV)
-            q = ops.rope_kv(ops.linear(h, w.qkv, w.qkv_bias), delta, batch, i, w.qk_norm, eps)
+            q = ops.rope_kv(*ops.project(h, w.qkv, w.qkv_bias, batch, i, QKV), batch, i, w.qk_norm, eps)
             h = ops.paged_attention(q, batch, i)
-            delta = ops.lora(h, batch, i, O)
-            h, residual = ops.rms_norm(ops.linear(h, w.o), residual, delta, w.post_norm, eps)
-            delta = ops.lora(h, batch, i, GATE_UP)
-            h = ops.silu_mul(ops.linear(h, w.gate_up), delta)
-            delta = ops.lora(h, batch, i, DOWN)
-            x = ops.linear(h, w.down)
+            x, delta = ops.project(h, w.o, None, batch, i, O)
+            h, residual = ops.rms_norm(x, residual, delta, w.post_norm, eps)
+            h = ops.silu_mul(*ops.project(h, w.gate_up, None, batch, i, GATE_UP))
+            x, delta = ops.project(h, w.down, None, batch, i, DOWN)
         h, _ = ops.rms_norm(x, residual, delta, self.weights.norm, eps)
         return h
 
