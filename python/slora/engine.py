@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from slora import _core
+from slora.base import make_base
 from slora.errors import ConfigError, LoadError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
@@ -112,6 +113,9 @@ class Engine:
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.model_config, self.device)
         adapter_paths = options.adapter_paths()
+        if (options.max_context or 0) > self.model_config.max_context:
+            limit = self.model_config.max_context
+            raise ConfigError(f"max_context = {options.max_context}: the model's limit is {limit} tokens")
         weights = load_weights(
             self.model_config, self.path, dtype=self.dtype, device=str(self.device), load_format=options.load_format
         )
@@ -183,10 +187,7 @@ class Engine:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * options.pool_fraction)
 
     def _make_core(self, options: Options, pool: PagePool, host: HostMemory) -> _core.Core:
-        config = self.model_config
-        longest = options.max_context or config.max_context
-        if longest > config.max_context:
-            raise ConfigError(f"max_context = {longest}: the model's limit is {config.max_context} tokens")
+        config, longest = self.model_config, options.max_context or self.model_config.max_context
         eos = {*config.eos_token_ids, *(self.text.stop_token_ids if self.text else ())}
         core = _core.Core(
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages),
@@ -221,23 +222,6 @@ class Engine:
         except BaseException:
             self.close()
             raise
-
-
-def make_base(config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int) -> _core.Base:
-    """The base as adapters see it."""
-    return _core.Base(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        dtype=dtype,
-        page_bytes=page_bytes,
-        max_adapter_pages=max_adapter_pages,
-        name=path.absolute().name,
-    )
 
 
 def open_text(path: Path) -> _core.Text | None:
