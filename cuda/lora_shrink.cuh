@@ -11,22 +11,21 @@
 #include "mma.cuh"
 #include "sync.cuh"
 
-// Where rank i of the group's A lies.
+// Where rank i of the group's A lies, looked up in the descriptor.
+__device__ __forceinline__ const char* far_a_row(const Pool& pool, const Group& group, const Segment& s, int layer, int i) {
+  int module = layer * NUM_MODULES + group.first_module;
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+    if (i < s.modules[m].rank) break;
+    i -= s.modules[m].rank;
+    module++;
+  }
+  return far_row(pool, s.adapter, module, 2, i);
+}
+
 __device__ __forceinline__ const char* a_row(const Pool& pool, const Group& group, const Segment& s, int layer, int i) {
   i = min(i, s.ranks - 1);
-  int m = 0;
-  Rows rows = s.modules[0].a;
-  int rows_first = s.modules[0].a_rows_first;
-  if (i >= s.modules[0].rank) {
-    i -= s.modules[0].rank;
-    m = 1, rows = s.modules[1].a, rows_first = s.modules[1].a_rows_first;
-    if (i >= s.modules[1].rank) {
-      i -= s.modules[1].rank;
-      m = 2, rows = s.modules[2].a, rows_first = s.modules[2].a_rows_first;
-    }
-  }
-  if (s.is_far) return far_row(pool, s.adapter, layer * NUM_MODULES + group.first_module + m, 2, i);
-  return near_row(rows, rows_first, row_bytes(group.in), i);
+  return s.is_far ? far_a_row(pool, group, s, layer, i) : near_row(s.a, s.a_split, row_bytes(group.in), i);
 }
 
 // Which part of a segment an item of the FEW list is.
@@ -35,8 +34,18 @@ struct FewItem {
 };
 
 __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s, int i) {
-  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, s.chunk);
+  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, CHUNK);
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
+}
+
+// The same of the MANY list: 16 rows from `row`, MANY_TILES tiles from `tile`, SUM_CHUNKS chunks.
+struct ManyItem {
+  int row, part, tile;
+};
+
+__device__ __forceinline__ ManyItem many_item(int num_rows, int tiles, int i) {
+  int row_tiles = ceil_div(num_rows, 16), blocks = ceil_div(tiles, MANY_TILES);
+  return {i / blocks % row_tiles * 16, i / blocks / row_tiles, i % blocks * MANY_TILES};
 }
 
 #if DTYPE != 0
@@ -65,8 +74,8 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   const char* high = a_row(pool, group, s, layer, item.tile * 16 + g + 8);
   const Element* x_row = x + (long long)(s.first_row + min(item.row + g, s.num_rows - 1)) * group.in;
   float acc[4] = {};
-  int end = min(group.in, (item.part + 1) * s.chunk), last = (group.in - 1) / 8 * 8;
-  for (int k = item.part * s.chunk + t * 8; k - t * 8 < end; k += 256) {
+  int end = min(group.in, (item.part + 1) * CHUNK), last = (group.in - 1) / 8 * 8;
+  for (int k = item.part * CHUNK + t * 8; k - t * 8 < end; k += 256) {
     uint4 w[8][2], v[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -90,8 +99,8 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
 __device__ __forceinline__ void shrink_many(
     const Pool& pool, const Group& group, const Work& work, const Segment& s, int layer, int i, const Element* x) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int pairs = ceil_div(s.tiles, 2), row_tiles = ceil_div(s.num_rows, 16);
-  int tile = i % pairs * 2, row = i / pairs % row_tiles * 16, part = i / pairs / row_tiles;
+  ManyItem item = many_item(s.num_rows, s.tiles, i);
+  int tile = item.tile, row = item.row, part = item.part;
   const char* a[4];
   const Element* x_rows[2];
 #pragma unroll
@@ -99,10 +108,10 @@ __device__ __forceinline__ void shrink_many(
 #pragma unroll
   for (int j = 0; j < 2; j++) x_rows[j] = x + (long long)(s.first_row + min(row + j * 8 + g, s.num_rows - 1)) * group.in;
   float total[4][4] = {}; // [tile * 2 + 8 rows]
-  int begin = part * SUM_CHUNKS * s.chunk, end = min(group.in, begin + SUM_CHUNKS * s.chunk), last = (group.in - 1) / 8 * 8;
-  for (; begin < end; begin += s.chunk) {
+  int begin = part * SUM_CHUNKS * CHUNK, end = min(group.in, begin + SUM_CHUNKS * CHUNK), last = (group.in - 1) / 8 * 8;
+  for (; begin < end; begin += CHUNK) {
     float acc[4][4] = {};
-    int chunk_end = min(end, begin + s.chunk);
+    int chunk_end = min(end, begin + CHUNK);
     for (int k = begin + t * 8; k - t * 8 < chunk_end; k += 64) {
       uint4 w[2][4], v[2][2];
 #pragma unroll

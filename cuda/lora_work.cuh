@@ -3,17 +3,27 @@
 // A layer group is qkv, o, gate_up or down of one layer: `num_modules` linears on the same x [rows, in], with outputs
 // side by side in delta [rows, out]. A's rows of all its modules, one after the other, are its `ranks` rows, in `tiles`
 // of 16. Items are worth a warp's while, and their number follows from (in, out, ranks, rows of the segment) alone:
-//   few   <= MANY_ROWS rows: 8 rows x one tile x one chunk of columns
-//   many  more rows: 16 rows x two tiles x SUM_CHUNKS chunks
-//   out   8 rows (few) or EXPAND_ROWS (many) x a module's B, 64 columns at a time, all ranks
+//   few   <= MANY_ROWS rows: 8 rows x one tile x CHUNK columns of x
+//   many  more rows: 16 rows x MANY_TILES tiles x SUM_CHUNKS chunks
+//   out   8 rows (few) or EXPAND_ROWS (many) x all ranks of a module x item_columns of delta
 // Shrinking leaves partial sums, one for each chunk (few) or SUM_CHUNKS of them (many); expanding adds them in order.
 #pragma once
 
 #include "element.cuh"
+#include "lora_memory.cuh"
 
+// Warps of a block that compute; with a ring, one more fills it. Two blocks fit on a multiprocessor: with a ring those of
+// two kernels, so that the weights of one arrive while the other computes.
+#define THREADS (HAS_RING ? 224 : 256)
+#define WARPS (HAS_RING ? 6 : 8)
+#define BLOCKS_PER_SM 2
 #define MANY_ROWS 64
 #define EXPAND_ROWS 64
 #define SUM_CHUNKS 4
+#define CHUNK 512
+// Weights go through shared memory where bulk copies exist, else straight into registers.
+#define HAS_RING (__CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
+#define MANY_TILES (HAS_RING ? 4 : 2)
 #define MODULE_WORDS 12
 #define NUM_MODULES 7
 enum { FEW, MANY, OUT, NUM_LISTS };
@@ -35,29 +45,30 @@ struct Group {
   int out_stride; // of delta: their sum
 };
 
-// `rank` rows at equal distances in one page and the next, or (is_far) in more pages than that.
+// Rows at equal distances: row i < split at first + i * stride, further ones at next + (i - split) * stride.
 struct Rows {
-  const char* first; // the first row
-  const char* next;  // row rows_first
+  const char* first;
+  const char* next;
 };
 
 struct SegmentModule {
   int rank;
   float scale;
-  int a_rows_first;
-  int b_rows_first;
-  Rows a, b;
+  int b_split;
+  int unused;
+  Rows b;
 };
 
 struct alignas(16) Segment {
   int first_row;
   int num_rows;
   int adapter; // descriptor row, or -1
-  int is_far;
+  int is_far;  // rows lie in more pages than `Rows` can say: look each up in the descriptor
   int tiles;
-  int chunk; // columns
   int ranks;
+  int a_split;
   int unused;
+  Rows a; // of all modules
   SegmentModule modules[3];
 };
 
@@ -75,13 +86,11 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // Bytes from one row of an adapter's image to the next.
 __device__ __forceinline__ int row_bytes(int elements) { return (elements * (int)sizeof(Element) + 15) / 16 * 16; }
 
-// Columns of x that one partial sum covers: what keeps 64 ranks' sums of a row within in / 4 floats.
-__device__ __forceinline__ int chunk_columns(int in, int tiles) {
-  return (in > 8192 ? 512 : 256) * max(1, ceil_div(tiles, 4));
+// Columns of delta that an OUT item takes: about 16 KB of weights (RING) or 8.
+__device__ __forceinline__ int item_columns(int rank) {
+  int columns = rank <= 8 ? 512 : rank <= 16 ? 256 : rank <= 32 ? 128 : 64;
+  return HAS_RING && rank <= 64 ? columns * 2 : columns;
 }
-
-// How many times 64 columns an OUT item takes: about 64 ranks' worth of bytes.
-__device__ __forceinline__ int expand_steps(int rank) { return max(1, 8 / max(1, ceil_div(rank, 8))); }
 
 __device__ __forceinline__ bool is_many(int num_rows) { return DTYPE != 0 && num_rows > MANY_ROWS; }
 
@@ -102,8 +111,8 @@ __device__ __forceinline__ const char* far_row(const Pool& pool, int adapter, in
   return far_row(words, pool.adapter_pages + (long long)adapter * pool.max_adapter_pages, pool.pages, pool.page_bytes, i);
 }
 
-__device__ __forceinline__ const char* near_row(const Rows& rows, int rows_first, int bytes, int i) {
-  return i < rows_first ? rows.first + (long long)i * bytes : rows.next + (long long)(i - rows_first) * bytes;
+__device__ __forceinline__ const char* near_row(const Rows& rows, int split, int stride, int i) {
+  return i < split ? rows.first + (long long)i * stride : rows.next + (long long)(i - split) * stride;
 }
 
 // All of a segment at once: one wait instead of several.

@@ -88,7 +88,7 @@ class World:
             self.page_lists[row, :n] = order[place : place + n]
             place += n
         modules, pages = torch.from_numpy(self.words).cuda(), torch.from_numpy(self.page_lists).cuda()
-        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows)
+        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows, max_rank=64)
         self.plan = torch.zeros(2048, dtype=torch.int32, device="cuda")
         sizes = [(config.module_dims[g[0]][0], sum(config.module_dims[m][1] for m in g)) for g in GROUPS]
         self.base = [

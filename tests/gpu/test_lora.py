@@ -63,7 +63,7 @@ class World:
             self.modules[row] = torch.from_numpy(descriptor).cuda()
             self.pages[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
         self.before = self.whole.clone()
-        self.lora = Lora(self.pool, self.modules, self.pages, max_rows=max_rows, max_segments=max_rows)
+        self.lora = Lora(self.pool, self.modules, self.pages, max_rows=max_rows, max_segments=max_rows, max_rank=256)
         self.plan = torch.zeros(2 * max_rows + 2, dtype=torch.int32, device="cuda")
         self.max_rows = max_rows
 

@@ -18,7 +18,9 @@ from slora.memory import PagePool
 DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
-_LISTS, _SEGMENT_WORDS, _WARPS, _BLOCKS_PER_SM, _TILE = 3, 44, 8, 2, 16
+_LISTS, _SEGMENT_WORDS, _TILE, _CHUNK = 3, 36, 16, 512
+_RING_THREADS, _SHRINK_RING_BYTES, _EXPAND_RING_BYTES = 224, 104832, 110976
+_DIRECT_THREADS, _DIRECT_BLOCKS = 256, 2
 
 
 class _Pool(ctypes.Structure):
@@ -65,7 +67,7 @@ class Lora:
         *,
         max_rows: int,
         max_segments: int = 512,
-        max_rank: int = 256,
+        max_rank: int,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
         descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank."""
@@ -97,7 +99,11 @@ class Lora:
         module = nvrtc.load("lora", {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned)})
         self._prepare = module.kernel("lora_work")
         self._shrink, self._expand = module.kernel("lora_shrink"), module.kernel("lora_expand")
-        self._grid = torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_SM
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        if module.has_programmatic_launch and aligned and pool.dtype != "float32":  # HAS_RING
+            self._shape = (num_sms, _RING_THREADS, _SHRINK_RING_BYTES, _EXPAND_RING_BYTES)
+        else:
+            self._shape = (num_sms * _DIRECT_BLOCKS, _DIRECT_THREADS, 0, 0)
         self._launches = [self._bind(index) for index in range(config.num_layers * 4)]
 
     def prepare(self, num_segments: Tensor, seg_indptr: Tensor, seg_adapter: Tensor, stream: int | None = None) -> None:
@@ -131,8 +137,9 @@ class Lora:
     def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
         # The first op may directly follow `prepare`, whose lists it reads before anything else.
-        shrink = self._shrink.bind(self._grid, _WARPS * 32, args, programmatic=index > 0)
-        return shrink, self._expand.bind(self._grid, _WARPS * 32, args, programmatic=True)
+        grid, threads, shrink_bytes, expand_bytes = self._shape
+        shrink = self._shrink.bind(grid, threads, args, shrink_bytes, programmatic=index > 0)
+        return shrink, self._expand.bind(grid, threads, args, expand_bytes, programmatic=True)
 
 
 def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Group:
@@ -143,7 +150,5 @@ def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Grou
 
 
 def _sums_stride(in_size: int, max_ranks: int) -> int:
-    """Floats that the partial sums of a row take at most: `chunk_columns` of the kernel, over all ranks."""
-    base = 512 if in_size > 8192 else 256
-    tiles = range(1, -(-max_ranks // _TILE) + 1)
-    return max(-(-in_size // (base * -(-n // 4))) * n * _TILE for n in tiles)
+    """Floats that the partial sums of a row take at most: one for each rank and chunk of columns."""
+    return -(-in_size // _CHUNK) * -(-max_ranks // _TILE) * _TILE
