@@ -1,9 +1,10 @@
-"""What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways to do it.
+"""What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways.
 
     python benches/kernels/lora.py [--quick] [--out lora.json]
 
-Checks a layer of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all layers, in ms;
-`GB/s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is what a step with LoRA takes longer.
+Checks two layers of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
+layers, in ms; `gb_per_s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is
+what a step with LoRA takes longer: the op before its GEMM, after it, or on a parallel branch of the graph.
 """
 
 import argparse
@@ -24,18 +25,18 @@ from slora.kernels.lora import Lora
 from slora.memory import PagePool
 from slora.models.config import ModelConfig
 
-LLAMA_8B = dict(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    num_hidden_layers=32,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    rope_theta=500000.0,
-)
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 MIXED = (8, 16, 32, 64)
 NUM_REPLAYS = 20
 
@@ -321,10 +322,9 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, "nvrtc", nvrtc.nvrtc_version())
     results = [measure(world, s, not args.quick and s.adapters > 1) for s in scenarios]
     if args.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "seed": 0}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        about: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}
+        about["commit"] = head.stdout.strip()
         args.out.write_text(json.dumps(about | {"results": results}, indent=1))
 
 

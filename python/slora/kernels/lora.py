@@ -1,4 +1,4 @@
-"""The LoRA op on CUDA: once a step the work lists of all layer groups, then two kernels for each group (`cuda/lora.cu`).
+"""The LoRA op on CUDA (`cuda/lora.cu`): once a step the work lists of all layer groups, then two kernels for each.
 
 Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
 the launches may be captured in a graph.
