@@ -67,7 +67,7 @@ class Lora:
         *,
         max_rows: int,
         max_segments: int = 512,
-        max_rank: int,
+        max_rank: int = 256,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
         descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank."""
