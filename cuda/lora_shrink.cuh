@@ -34,7 +34,7 @@ struct FewItem {
 };
 
 __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s, int i) {
-  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, CHUNK);
+  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in));
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
 }
 
@@ -74,8 +74,8 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   const char* high = a_row(pool, group, s, layer, item.tile * 16 + g + 8);
   const Element* x_row = x + (long long)(s.first_row + min(item.row + g, s.num_rows - 1)) * group.in;
   float acc[4] = {};
-  int end = min(group.in, (item.part + 1) * CHUNK), last = (group.in - 1) / 8 * 8;
-  for (int k = item.part * CHUNK + t * 8; k - t * 8 < end; k += 256) {
+  int chunk = chunk_columns(group.in), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
+  for (int k = item.part * chunk + t * 8; k - t * 8 < end; k += 256) {
     uint4 w[8][2], v[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -108,10 +108,11 @@ __device__ __forceinline__ void shrink_many(
 #pragma unroll
   for (int j = 0; j < 2; j++) x_rows[j] = x + (long long)(s.first_row + min(row + j * 8 + g, s.num_rows - 1)) * group.in;
   float total[4][4] = {}; // [tile * 2 + 8 rows]
-  int begin = part * SUM_CHUNKS * CHUNK, end = min(group.in, begin + SUM_CHUNKS * CHUNK), last = (group.in - 1) / 8 * 8;
-  for (; begin < end; begin += CHUNK) {
+  int chunk = chunk_columns(group.in), begin = part * SUM_CHUNKS * chunk;
+  int end = min(group.in, begin + SUM_CHUNKS * chunk), last = (group.in - 1) / 8 * 8;
+  for (; begin < end; begin += chunk) {
     float acc[4][4] = {};
-    int chunk_end = min(end, begin + CHUNK);
+    int chunk_end = min(end, begin + chunk);
     for (int k = begin + t * 8; k - t * 8 < chunk_end; k += 64) {
       uint4 w[2][4], v[2][2];
 #pragma unroll

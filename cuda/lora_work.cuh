@@ -3,7 +3,7 @@
 // A layer group is qkv, o, gate_up or down of one layer: `num_modules` linears on the same x [rows, in], with outputs
 // side by side in delta [rows, out]. A's rows of all its modules, one after the other, are its `ranks` rows, in `tiles`
 // of 16. Items are worth a warp's while, and their number follows from (in, out, ranks, rows of the segment) alone:
-//   few   <= MANY_ROWS rows: 8 rows x one tile x CHUNK columns of x
+//   few   <= MANY_ROWS rows: 8 rows x one tile x chunk_columns of x
 //   many  more rows: 16 rows x MANY_TILES tiles x SUM_CHUNKS chunks
 //   out   8 rows (few) or EXPAND_ROWS (many) x all ranks of a module x item_columns of delta
 // Shrinking leaves partial sums, one for each chunk (few) or SUM_CHUNKS of them (many); expanding adds them in order.
@@ -20,9 +20,12 @@
 #define MANY_ROWS 64
 #define EXPAND_ROWS 64
 #define SUM_CHUNKS 4
-#define CHUNK 512
-// Weights go through shared memory where bulk copies exist, else straight into registers.
-#define HAS_RING (__CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
+#define CHUNK 512 // columns of a chunk in a ring
+// Weights go through shared memory if RING is set and bulk copies exist, else straight into registers.
+#ifndef RING
+#define RING 0
+#endif
+#define HAS_RING (RING && __CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
 #define MANY_TILES (HAS_RING ? 4 : 2)
 #define MODULE_WORDS 12
 #define NUM_MODULES 7
@@ -85,6 +88,9 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 // Bytes from one row of an adapter's image to the next.
 __device__ __forceinline__ int row_bytes(int elements) { return (elements * (int)sizeof(Element) + 15) / 16 * 16; }
+
+// Columns of x that one partial sum covers.
+__device__ __forceinline__ int chunk_columns(int in) { return HAS_RING || in > 8192 ? CHUNK : CHUNK / 2; }
 
 // Columns of delta that an OUT item takes: about 16 KB of weights (RING) or 8.
 __device__ __forceinline__ int item_columns(int rank) {

@@ -1,6 +1,6 @@
 """What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways.
 
-    python benches/kernels/lora.py [--quick] [--out lora.json]
+    python benches/kernels/lora.py [--quick] [--ring] [--out lora.json]
 
 Checks two layers of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
 layers, in ms; `gb_per_s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is
@@ -72,7 +72,7 @@ QUICK = {(1, 1), (64, 1), (64, 64), (256, 64), (8192, 32)}
 class World:
     """A pool of adapters with random weights, the base's weights, and inputs."""
 
-    def __init__(self, config: ModelConfig, ranks: list[int], max_rows: int) -> None:
+    def __init__(self, config: ModelConfig, ranks: list[int], max_rows: int, ring: bool = False) -> None:
         self.config, self.ranks = config, ranks
         page_bytes = config.page_bytes(16, "bfloat16")
         layouts = {rank: layout(config, rank, page_bytes) for rank in set(ranks)}
@@ -89,7 +89,7 @@ class World:
             self.page_lists[row, :n] = order[place : place + n]
             place += n
         modules, pages = torch.from_numpy(self.words).cuda(), torch.from_numpy(self.page_lists).cuda()
-        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows, max_rank=64)
+        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows, max_rank=64, ring=ring)
         self.plan = torch.zeros(2048, dtype=torch.int32, device="cuda")
         sizes = [(config.module_dims[g[0]][0], sum(config.module_dims[m][1] for m in g)) for g in GROUPS]
         self.base = [
@@ -309,6 +309,7 @@ def measure(world: World, scenario: Scenario, with_alternatives: bool) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer scenarios, no alternatives")
+    parser.add_argument("--ring", action="store_true", help="weights through shared memory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -318,12 +319,17 @@ def main() -> None:
         for rank in s.ranks:
             needed[rank] = max(needed.get(rank, 0), -(-s.adapters // len(s.ranks)))
     ranks = [rank for rank, n in needed.items() for _ in range(n)]
-    world = World(ModelConfig.from_dict(LLAMA_8B), ranks, max(s.rows for s in scenarios))
+    world = World(ModelConfig.from_dict(LLAMA_8B), ranks, max(s.rows for s in scenarios), args.ring)
     print(torch.cuda.get_device_name(), torch.__version__, "nvrtc", nvrtc.nvrtc_version())
     results = [measure(world, s, not args.quick and s.adapters > 1) for s in scenarios]
     if args.out:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        about: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}
+        about: dict[str, object] = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "seed": 0,
+            "ring": args.ring,
+        }
         about["commit"] = head.stdout.strip()
         args.out.write_text(json.dumps(about | {"results": results}, indent=1))
 

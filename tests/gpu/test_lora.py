@@ -40,6 +40,8 @@ def make_config(shape: str) -> ModelConfig:
 class World:
     """A pool with some adapters of random ranks and targets, pages in random order, NaN where nobody wrote."""
 
+    ring = False
+
     def __init__(
         self, shape: str, dtype: str, ranks: list[int], *, page_tokens: int | None = None, max_rows: int = 600
     ):
@@ -64,7 +66,7 @@ class World:
             self.modules[row] = torch.from_numpy(descriptor).cuda()
             self.pages[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
         self.before = self.whole.clone()
-        self.lora = Lora(self.pool, self.modules, self.pages, max_rows=max_rows, max_segments=max_rows, max_rank=256)
+        self.lora = Lora(self.pool, self.modules, self.pages, max_rows=max_rows, max_segments=max_rows, ring=self.ring)
         self.plan = torch.zeros(2 * max_rows + 2, dtype=torch.int32, device="cuda")
         self.max_rows = max_rows
 
@@ -157,6 +159,11 @@ def distribution(name: str, rows: int, num_adapters: int, rng: random.Random) ->
         case _:
             return [(-1, rows)]
     return [(a, owners.count(a)) for a in sorted(set(owners))]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["direct", "ring"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "ring", request.param)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -33,6 +33,12 @@ def test_every_source_compiles(name: str, arch: str) -> None:
     assert nvrtc.compile_only(name, {}, arch).startswith(b"\x7fELF")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("macros", [{"DTYPE": 0}, {"DTYPE": 2}, {"ALIGNED": 0}, {"RING": 1}])
+def test_every_variant_of_lora_compiles(macros: dict[str, int], arch: str) -> None:
+    assert nvrtc.compile_only("lora", macros, arch).startswith(b"\x7fELF")
+
+
 def test_headers_are_inlined_once(sources: Path) -> None:
     assert nvrtc.expand("op").count("#define INNER") == 1
     assert nvrtc.compile_only("op", {"OUTER": 2}, "sm_80").startswith(b"\x7fELF")

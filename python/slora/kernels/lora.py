@@ -18,7 +18,7 @@ from slora.memory import PagePool
 DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
-_LISTS, _SEGMENT_WORDS, _TILE, _CHUNK = 3, 36, 16, 512
+_LISTS, _SEGMENT_WORDS, _TILE, _MIN_CHUNK = 3, 36, 16, 256
 _RING_THREADS, _SHRINK_RING_BYTES, _EXPAND_RING_BYTES = 224, 104832, 110976
 _DIRECT_THREADS, _DIRECT_BLOCKS = 256, 2
 
@@ -68,9 +68,12 @@ class Lora:
         max_rows: int,
         max_segments: int = 512,
         max_rank: int = 256,
+        ring: bool = False,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
-        descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank."""
+        descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank.
+        `ring`: weights go through shared memory (sm_90 and newer; bf16 and fp16; widths that are multiples of 8).
+        """
         assert modules.is_cuda
         assert modules.is_contiguous()
         assert adapter_pages.is_contiguous()
@@ -96,11 +99,12 @@ class Lora:
         )
         self._work = _Work(*(buffer.data_ptr() for buffer in self._buffers), max_segments, stride)
         aligned = all(size % 8 == 0 for dims in config.module_dims for size in dims)
-        module = nvrtc.load("lora", {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned)})
+        macros = {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned), "RING": int(ring)}
+        module = nvrtc.load("lora", macros)
         self._prepare = module.kernel("lora_work")
         self._shrink, self._expand = module.kernel("lora_shrink"), module.kernel("lora_expand")
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        if module.has_programmatic_launch and aligned and pool.dtype != "float32":  # HAS_RING
+        if ring and module.has_programmatic_launch and aligned and pool.dtype != "float32":  # HAS_RING
             self._shape = (num_sms, _RING_THREADS, _SHRINK_RING_BYTES, _EXPAND_RING_BYTES)
         else:
             self._shape = (num_sms * _DIRECT_BLOCKS, _DIRECT_THREADS, 0, 0)
@@ -151,4 +155,5 @@ def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Grou
 
 def _sums_stride(in_size: int, max_ranks: int) -> int:
     """Floats that the partial sums of a row take at most: one for each rank and chunk of columns."""
-    return -(-in_size // _CHUNK) * -(-max_ranks // _TILE) * _TILE
+    chunk = _MIN_CHUNK if in_size <= 8192 else 2 * _MIN_CHUNK
+    return -(-in_size // chunk) * -(-max_ranks // _TILE) * _TILE
