@@ -57,7 +57,7 @@ __device__ __forceinline__ Segment describe(
 }
 
 __device__ __forceinline__ void count_items(const Group& group, const Segment& s, int counts[NUM_LISTS]) {
-  int parts = ceil_div(group.in, chunk_columns(group.in)), columns = 0;
+  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0;
   bool many = is_many(s.num_rows);
   for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank));
   counts[FEW] = many ? 0 : ceil_div(s.num_rows, 8) * s.tiles * parts;

@@ -43,7 +43,7 @@ __device__ __forceinline__ void add_sums(
 __device__ __forceinline__ void add_sums(
     const Group& group, const Work& work, const Segment& s, int row, int first, int n, float scale, float* shrunk) {
   const float* sums = work.sums + (long long)(s.first_row + row) * work.sums_stride + first;
-  add_sums(sums, work.sums_stride, min(8, s.num_rows - row), s.tiles * 16, ceil_div(group.in, chunk_columns(group.in)), !is_many(s.num_rows), n,
+  add_sums(sums, work.sums_stride, min(8, s.num_rows - row), s.tiles * 16, ceil_div(group.in, chunk_columns(group.in, s.tiles)), !is_many(s.num_rows), n,
            scale, shrunk);
 }
 

@@ -10,7 +10,7 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
                                            int layer, int i, const Element* x, bool& has_waited) {
   FewItem item = few_item(group, s, i);
   int lane = threadIdx.x % 32, rows = min(8, s.num_rows - item.row);
-  int chunk = chunk_columns(group.in), begin = item.part * chunk, end = min(group.in, begin + chunk);
+  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * chunk, end = min(group.in, begin + chunk);
   const Element* x_rows = x + (long long)(s.first_row + item.row) * group.in;
   wait_once(has_waited);
   for (int r = 0; r < 16; r++) {

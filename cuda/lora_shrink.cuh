@@ -34,7 +34,7 @@ struct FewItem {
 };
 
 __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s, int i) {
-  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in));
+  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in, s.tiles));
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
 }
 
@@ -74,7 +74,7 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   const char* high = a_row(pool, group, s, layer, item.tile * 16 + g + 8);
   const Element* x_row = x + (long long)(s.first_row + min(item.row + g, s.num_rows - 1)) * group.in;
   float acc[4] = {};
-  int chunk = chunk_columns(group.in), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
+  int chunk = chunk_columns(group.in, s.tiles), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
   for (int k = item.part * chunk + t * 8; k - t * 8 < end; k += 256) {
     uint4 w[8][2], v[8];
 #pragma unroll
@@ -108,7 +108,7 @@ __device__ __forceinline__ void shrink_many(
 #pragma unroll
   for (int j = 0; j < 2; j++) x_rows[j] = x + (long long)(s.first_row + min(row + j * 8 + g, s.num_rows - 1)) * group.in;
   float total[4][4] = {}; // [tile * 2 + 8 rows]
-  int chunk = chunk_columns(group.in), begin = part * SUM_CHUNKS * chunk;
+  int chunk = chunk_columns(group.in, s.tiles), begin = part * SUM_CHUNKS * chunk;
   int end = min(group.in, begin + SUM_CHUNKS * chunk), last = (group.in - 1) / 8 * 8;
   for (; begin < end; begin += chunk) {
     float acc[4][4] = {};

@@ -89,8 +89,10 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // Bytes from one row of an adapter's image to the next.
 __device__ __forceinline__ int row_bytes(int elements) { return (elements * (int)sizeof(Element) + 15) / 16 * 16; }
 
-// Columns of x that one partial sum covers.
-__device__ __forceinline__ int chunk_columns(int in) { return HAS_RING || in > 8192 ? CHUNK : CHUNK / 2; }
+// Columns of x that one partial sum covers: without a ring, more where there are more ranks, which keeps a row's sums few.
+__device__ __forceinline__ int chunk_columns(int in, int tiles) {
+  return HAS_RING ? CHUNK : (in > 8192 ? CHUNK : CHUNK / 2) * max(1, ceil_div(tiles, 4));
+}
 
 // Columns of delta that an OUT item takes: about 16 KB of weights (RING) or 8.
 __device__ __forceinline__ int item_columns(int rank) {

@@ -154,6 +154,8 @@ def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Grou
 
 
 def _sums_stride(in_size: int, max_ranks: int) -> int:
-    """Floats that the partial sums of a row take at most: one for each rank and chunk of columns."""
-    chunk = _MIN_CHUNK if in_size <= 8192 else 2 * _MIN_CHUNK
-    return -(-in_size // chunk) * -(-max_ranks // _TILE) * _TILE
+    """Floats that the partial sums of a row take at most: one for each rank and chunk of columns (`chunk_columns`)."""
+    base = _MIN_CHUNK if in_size <= 8192 else 2 * _MIN_CHUNK
+    tiles = range(1, -(-max_ranks // _TILE) + 1)
+    direct = max(-(-in_size // (base * -(-n // 4))) * n for n in tiles)
+    return max(direct, -(-in_size // (2 * _MIN_CHUNK)) * tiles[-1]) * _TILE
