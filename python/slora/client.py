@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Client:
     def _batch(self, prompts: Any, adapter: AdapterNames) -> tuple[list[Prompt], bool]:
         """The prompts, and whether it is a single one, not a list."""
         prompts = _as_list(prompts)
-        is_one = isinstance(prompts, str) or _is_list_of(prompts, int)
+        is_one = isinstance(prompts, str) or _is_list_of(prompts, Integral)
         each: Sequence[PromptLike] = [prompts] if is_one else prompts
         names = _names(adapter, len(each))
         return [Prompt(partial(self._ids, prompt), name) for prompt, name in zip(each, names, strict=True)], is_one
@@ -125,12 +126,13 @@ class Client:
     def _ids(self, prompt: PromptLike) -> list[int]:
         if isinstance(prompt, str):
             return self._text().encode(prompt)
-        ids: list[int] = list(_as_list(prompt))
-        odd = next((i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0), None)
-        if odd is not None:
-            raise RequestError(
-                f"the prompt holds {odd!r}, its token ids must be from 0 to {self._engine.model_config.vocab_size - 1}"
-            )
+        ids = list(_as_list(prompt))
+        if not all(type(i) is int for i in ids):
+            ids = [int(i) if isinstance(i, Integral) else i for i in ids]
+        odd = [i for i in ids if not isinstance(i, int) or i < 0]
+        if odd:
+            largest = self._engine.model_config.vocab_size - 1
+            raise RequestError(f"the prompt holds {odd[0]!r}, its token ids must be from 0 to {largest}")
         return ids
 
     def _chat_ids(

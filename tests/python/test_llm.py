@@ -31,6 +31,7 @@ def test_lists_give_lists_in_order_and_one_prompt_gives_one_result(llm: slora.LL
     assert llm.generate("abc", adapter="upper", **GREEDY).text == "ABC"
     assert llm.generate([1, 80, 81, 82], **GREEDY).text == "abc"
     assert llm.generate(torch.tensor([1, 80, 81, 82]), **GREEDY).text == "abc"  # type: ignore[call-overload]
+    assert llm.generate(list(torch.tensor([1, 80, 81, 82]).numpy()), **GREEDY).text == "abc"
     assert llm.generate([], **GREEDY) == []
 
 
