@@ -6,11 +6,10 @@ from slora import _core
 from slora.models.config import ModelConfig
 
 ANY_NUMBER_OF_PAGES = 2**31 - 1
-ANY_RANK = 2**32 - 1
 
 
 def make_base(
-    config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int, max_rank: int = ANY_RANK
+    config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int, max_rank: int | None = None
 ) -> _core.Base:
     """What adapters are checked against and packed for."""
     return _core.Base(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from slora import _core
-from slora.base import ANY_RANK, make_base
+from slora.base import make_base
 from slora.errors import ConfigError, LoadError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
@@ -27,8 +27,8 @@ COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
-MAX_RANK = {"cpu": ANY_RANK, "cuda": 256}
-"""What the LoRA op's workspace has room for."""
+MAX_RANK = {"cpu": None, "cuda": 256}
+"""What the LoRA op's workspace has room for; None: any."""
 MAX_LOADERS = 8
 """Threads that pack adapters: about 1 GB/s each."""
 STEP_COPY_BYTES = 256 << 20
