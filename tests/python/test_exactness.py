@@ -11,6 +11,7 @@ import slora
 from slora.outputs import Result
 
 TOLERANCE = 1e-4
+MOST_ORDERS = 20
 Request = tuple[list[int], str | None]
 
 
@@ -108,12 +109,16 @@ def test_a_result_does_not_depend_on_its_neighbours(
 ) -> None:
     options, counters = WORLDS[world]
     with slora.LLM(BASE, adapters=ADAPTERS, device="cpu", **options) as llm:
-        for shuffled in range(2):
+        # When loads finish is not in our hands, so neither is which order makes the pool short.
+        for shuffled in range(MOST_ORDERS):
             order = random.Random(shuffled).sample(range(len(requests)), len(requests))
             results = run(llm, [requests[i] for i in order])
             assert_same(results, [alone[i] for i in order])
-        stats = settled(llm)
-        assert {name: getattr(stats, name) for name in counters if not getattr(stats, name)} == {}
+            stats = settled(llm)
+            unmoved = [name for name in counters if not getattr(stats, name)]
+            if shuffled > 0 and not unmoved:
+                break
+        assert not unmoved
 
 
 def test_a_preempted_requests_penalties_and_seed_go_on(settled: Any) -> None:
