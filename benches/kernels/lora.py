@@ -1,9 +1,10 @@
-"""What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways to do it.
+"""What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways.
 
     python benches/kernels/lora.py [--quick] [--out lora.json]
 
-Checks a layer of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all layers, in ms;
-`GB/s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is what a step with LoRA takes longer.
+Checks a layer of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
+layers, in ms; `GB/s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is what a
+step with LoRA takes longer.
 """
 
 import argparse
@@ -24,18 +25,18 @@ from slora.kernels.lora import Lora
 from slora.memory import PagePool
 from slora.models.config import ModelConfig
 
-LLAMA_8B = dict(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    num_hidden_layers=32,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    rope_theta=500000.0,
-)
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 MIXED = (8, 16, 32, 64)
 NUM_REPLAYS = 20
 

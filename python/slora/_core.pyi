@@ -42,6 +42,7 @@ class Base:
         dtype: str,
         page_bytes: int,
         max_adapter_pages: int,
+        max_rank: int | None = None,
         name: str | None = None,
     ) -> Self: ...
 

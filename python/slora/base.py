@@ -8,7 +8,9 @@ from slora.models.config import ModelConfig
 ANY_NUMBER_OF_PAGES = 2**31 - 1
 
 
-def make_base(config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int) -> _core.Base:
+def make_base(
+    config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_adapter_pages: int, max_rank: int | None = None
+) -> _core.Base:
     """What adapters are checked against and packed for."""
     return _core.Base(
         num_layers=config.num_layers,
@@ -21,6 +23,7 @@ def make_base(config: ModelConfig, path: Path, dtype: str, page_bytes: int, max_
         dtype=dtype,
         page_bytes=page_bytes,
         max_adapter_pages=max_adapter_pages,
+        max_rank=max_rank,
         name=path.absolute().name,
     )
 

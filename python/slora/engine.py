@@ -27,6 +27,8 @@ COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
+MAX_RANK = {"cpu": None, "cuda": 256}
+"""What the LoRA op's workspace has room for; None: any."""
 MAX_LOADERS = 8
 """Threads that pack adapters: about 1 GB/s each."""
 STEP_COPY_BYTES = 256 << 20
@@ -190,7 +192,7 @@ class Engine:
         config, longest = self.model_config, options.max_context or self.model_config.max_context
         eos = {*config.eos_token_ids, *(self.text.stop_token_ids if self.text else ())}
         core = _core.Core(
-            make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages),
+            make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages, MAX_RANK[self.device.type]),
             self.text,
             slabs=host.slabs,
             keep_alive=host,

@@ -16,9 +16,21 @@ from slora.kernels.lora import Lora
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
-SMALL = dict(hidden_size=256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
-ODD = dict(hidden_size=36, intermediate_size=75, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=2)
-LLAMA = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+ODD = {
+    "hidden_size": 36,
+    "intermediate_size": 75,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES = {"small": SMALL, "odd": ODD, "llama": LLAMA | {"num_hidden_layers": 1}}
 RANKS = [1, 3, 8, 16, 24, 64]
 

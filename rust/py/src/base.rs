@@ -15,7 +15,7 @@ pub(crate) struct Base(pub BaseSpec);
 impl Base {
     #[new]
     #[pyo3(signature = (*, num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size,
-                        dtype, page_bytes, max_adapter_pages, name=None))]
+                        dtype, page_bytes, max_adapter_pages, max_rank=None, name=None))]
     #[allow(clippy::too_many_arguments, reason = "keywords of a Python call")]
     fn new(
         num_layers: u32,
@@ -28,6 +28,7 @@ impl Base {
         dtype: &str,
         page_bytes: u64,
         max_adapter_pages: u32,
+        max_rank: Option<u32>,
         name: Option<String>,
     ) -> PyResult<Self> {
         let dtype = match dtype {
@@ -50,6 +51,7 @@ impl Base {
             tp_size: 1,
             name,
             max_adapter_pages,
+            max_rank: max_rank.unwrap_or(u32::MAX),
         }))
     }
 }
