@@ -16,7 +16,7 @@ pub(crate) type KeyHash = [u8; 32];
 
 /// What a route asks of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
+pub enum Level {
     /// Nothing.
     Open,
     /// A user's key; an admin's does too.
@@ -139,9 +139,7 @@ impl Auth {
         if is_loopback(peer) && host_is_loopback(headers) {
             return Ok(());
         }
-        Err(unauthorized(
-            "the server has no keys and so answers on loopback only; hint: start it with --api-key",
-        ))
+        Err(unauthorized("the server has no keys and so answers on loopback only; hint: start it with --api-key"))
     }
 }
 
@@ -212,7 +210,8 @@ mod tests {
 
     #[test]
     fn globs_match_as_shells_do() {
-        let matching = [("*", "x"), ("*", ""), ("sql-*", "sql-"), ("sql-*", "sql-a.b"), ("a?c", "abc"), ("*-x-*", "1-x-x-2")];
+        let matching =
+            [("*", "x"), ("*", ""), ("sql-*", "sql-"), ("sql-*", "sql-a.b"), ("a?c", "abc"), ("*-x-*", "1-x-x-2")];
         assert!(matching.iter().all(|(pattern, name)| matches_glob(pattern, name)));
         let other = [("", "x"), ("sql-*", "sql"), ("a?c", "ac"), ("*b", "abc"), ("abc", "ABC")];
         assert!(!other.iter().any(|(pattern, name)| matches_glob(pattern, name)));
@@ -227,7 +226,10 @@ mod tests {
         assert!(auth.admit(Level::User, &headers(&[("host", "[::1]:8000")]), "::1".parse().unwrap()).is_ok());
         let rebound = auth.admit(Level::User, &headers(&[("host", "evil.example:8000")]), here);
         assert_eq!(rebound.unwrap_err().status.as_u16(), 401);
-        assert_eq!(auth.admit(Level::User, &headers(&[]), "10.0.0.1".parse().unwrap()).unwrap_err().status.as_u16(), 401);
+        assert_eq!(
+            auth.admit(Level::User, &headers(&[]), "10.0.0.1".parse().unwrap()).unwrap_err().status.as_u16(),
+            401
+        );
         assert_eq!(auth.admit(Level::Admin, &headers(&[]), here).unwrap_err().status.as_u16(), 403);
     }
 

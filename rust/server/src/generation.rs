@@ -100,7 +100,15 @@ impl Generation {
         }
         let num_open = choices.len();
         Ok(Self {
-            choices, num_open, bell, scratch: Vec::new(), adapter, metrics, record, _reservation: reservation, place,
+            choices,
+            num_open,
+            bell,
+            scratch: Vec::new(),
+            adapter,
+            metrics,
+            record,
+            _reservation: reservation,
+            place,
         })
     }
 
@@ -112,11 +120,6 @@ impl Generation {
     /// Whether every choice has ended and was read to its end.
     pub fn is_over(&self) -> bool {
         self.num_open == 0
-    }
-
-    /// Tokens of a choice so far.
-    pub fn num_tokens(&self, index: usize) -> u64 {
-        self.choices[index].num_tokens
     }
 
     /// Tokens of all choices so far.

@@ -54,7 +54,11 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Key>, String> {
 
 fn parse(text: &str) -> Result<Vec<Key>, String> {
     let file: File = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    file.keys.into_iter().enumerate().map(|(index, entry)| key(entry).map_err(|e| format!("keys[{index}]: {e}"))).collect()
+    file.keys
+        .into_iter()
+        .enumerate()
+        .map(|(index, entry)| key(entry).map_err(|e| format!("keys[{index}]: {e}")))
+        .collect()
 }
 
 fn key(entry: Entry) -> Result<Key, String> {

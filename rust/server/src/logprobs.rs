@@ -69,9 +69,7 @@ pub(crate) fn chat(text: Option<&TextModel>, positions: &[Position], top: u32) -
 
 /// The extension `prompt_logprobs`: a map from token ids for each prompt token, null for the first.
 pub(crate) fn prompt(text: Option<&TextModel>, prompt: &[u32], found: &[TokenLogprobs]) -> Value {
-    let entry = |token: u32, logprob: f32, rank: Option<usize>| {
-        json!({"logprob": finite(logprob), "rank": rank, "decoded_token": shown(text, token)})
-    };
+    let entry = |token: u32, logprob: f32, rank: Option<usize>| json!({"logprob": finite(logprob), "rank": rank, "decoded_token": shown(text, token)});
     let maps = prompt.iter().skip(1).zip(found).map(|(token, found)| {
         let mut map = Map::new();
         for (rank, (best, logprob)) in found.best.iter().enumerate() {

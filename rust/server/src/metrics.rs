@@ -176,7 +176,11 @@ impl Metrics {
             ("time_to_first_token_seconds", "From a request's arrival to its first token.", &self.first_token),
             ("inter_token_latency_seconds", "Between two tokens of a request.", &self.inter_token),
             ("time_per_output_token_seconds", "Between two tokens of a request (old name).", &self.inter_token),
-            ("request_time_per_output_token_seconds", "A request's mean time per token after the first.", &self.per_token),
+            (
+                "request_time_per_output_token_seconds",
+                "A request's mean time per token after the first.",
+                &self.per_token,
+            ),
             ("e2e_request_latency_seconds", "From a request's arrival to its end.", &self.end_to_end),
             ("request_prompt_tokens", "Prompt tokens of a request.", &self.prompt_lens),
             ("request_generation_tokens", "Generated tokens of a request.", &self.generation_lens),
@@ -191,7 +195,12 @@ impl Metrics {
     /// The server's own families.
     pub fn write_own(&self, out: &mut String) {
         let simple = [
-            ("slora:disconnects_total", "counter", "Clients that left before their answer was whole.", &self.disconnects),
+            (
+                "slora:disconnects_total",
+                "counter",
+                "Clients that left before their answer was whole.",
+                &self.disconnects,
+            ),
             ("slora:open_streams", "gauge", "Event streams being written.", &self.open_streams),
             ("slora:open_connections", "gauge", "Open connections.", &self.open_connections),
         ];
@@ -263,7 +272,12 @@ mod tests {
                 let elapsed = Duration::from_millis(5);
                 let (reason, first_token) = ("stop", Some(elapsed));
                 metrics.observe_finished(Finished {
-                    reason, prompt_tokens: 1, completion_tokens: 2, elapsed, first_token, adapter,
+                    reason,
+                    prompt_tokens: 1,
+                    completion_tokens: 2,
+                    elapsed,
+                    first_token,
+                    adapter,
                 });
             }
         }

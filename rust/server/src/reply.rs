@@ -129,8 +129,7 @@ impl Reply {
 
     fn choice(&self, index: usize, choice: &Collected, stops: &[String]) -> Value {
         let (reason, stopped_by) = finish(choice.end.as_ref(), stops);
-        let positions: Vec<Position> =
-            choice.tokens.iter().copied().zip(choice.logprobs.iter().map(Some)).collect();
+        let positions: Vec<Position> = choice.tokens.iter().copied().zip(choice.logprobs.iter().map(Some)).collect();
         let mut value = json!({"index": index, "finish_reason": reason, "stop_reason": stopped_by});
         match self.shape {
             Shape::Chat => {

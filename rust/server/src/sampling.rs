@@ -221,8 +221,12 @@ mod tests {
     fn values_that_say_nothing_pass_and_others_are_refused_by_name() {
         assert!(taken(r#"{"tools": [], "response_format": {"type": "text"}, "best_of": 1, "suffix": null}"#).is_ok());
         let refused = [
-            r#"{"tools": [{}]}"#, r#"{"best_of": 2}"#, r#"{"response_format": {"type": "json_object"}}"#,
-            r#"{"guided_json": {}}"#, r#"{"suffix": "x"}"#, r#"{"priority": 1}"#,
+            r#"{"tools": [{}]}"#,
+            r#"{"best_of": 2}"#,
+            r#"{"response_format": {"type": "json_object"}}"#,
+            r#"{"guided_json": {}}"#,
+            r#"{"suffix": "x"}"#,
+            r#"{"priority": 1}"#,
         ];
         for body in refused {
             let error = taken(body).unwrap_err();
