@@ -1,0 +1,247 @@
+//! The adapters' lifecycle: vLLM's two endpoints and a JSON resource, for admin keys.
+
+use std::path::{Component, Path, PathBuf};
+
+use axum::body::Body;
+use axum::http::{Response, StatusCode};
+use serde_json::{Value, json};
+use slora_core::AdapterState;
+use slora_runtime::{AdapterDetails, RegisterError};
+
+use crate::app::App;
+use crate::errors::{ApiError, checkpoint_error};
+use crate::fields::{Fields, shown};
+use crate::router::{Answer, Call, json_response, typed_response};
+
+/// Entries of a checkpoint's folder that are looked at for links.
+const MAX_ENTRIES: usize = 1024;
+
+/// `POST /v1/load_lora_adapter`, as vLLM's.
+pub(crate) async fn load_vllm(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let name: String = fields.require("lora_name")?;
+    let path: PathBuf = fields.require("lora_path")?;
+    let replace = fields.take("load_inplace")?.unwrap_or(false);
+    fields.ignore(&["lora_int_id", "base_model_name", "is_3d_lora_weight"]);
+    call.app.note_unknown(&fields)?;
+    let shown_name = name.clone();
+    call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
+    Ok(plain(format!("Success: LoRA adapter '{shown_name}' added successfully.")))
+}
+
+/// `POST /v1/unload_lora_adapter`, as vLLM's; an unknown name is 404.
+pub(crate) async fn unload_vllm(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let name: String = fields.require("lora_name")?;
+    fields.ignore(&["lora_int_id"]);
+    call.app.note_unknown(&fields)?;
+    let shown_name = name.clone();
+    call.app.call(move |app| unload(app, &name)).await?;
+    Ok(plain(format!("Success: LoRA adapter '{shown_name}' removed successfully.")))
+}
+
+/// `GET /v1/adapters`.
+pub(crate) async fn list(call: Call) -> Answer {
+    let adapters = call.app.call(|app| Ok(app.runtime.adapters()?)).await?;
+    let data: Vec<Value> = adapters.iter().map(resource).collect();
+    Ok(json_response(&json!({"object": "list", "data": data})))
+}
+
+/// `GET /v1/adapters/{name}`.
+pub(crate) async fn get(call: Call) -> Answer {
+    let name = call.param;
+    let details = call.app.call(move |app| details(app, &name)).await?;
+    Ok(json_response(&resource(&details)))
+}
+
+/// `PUT /v1/adapters/{name}`: registers, replaces, pins or unpins. Without a path the weights stay what they are.
+pub(crate) async fn put(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let path: Option<PathBuf> = fields.take("path")?;
+    let pinned: Option<bool> = fields.take("pinned")?;
+    call.app.note_unknown(&fields)?;
+    let name = call.param;
+    let work = move |app: &App| match path {
+        Some(path) => register(app, &name, &path, true, pinned),
+        None => {
+            details(app, &name)?;
+            if let Some(pinned) = pinned {
+                app.runtime.pin(&name, pinned)?;
+            }
+            details(app, &name)
+        }
+    };
+    Ok(json_response(&resource(&call.app.call(work).await?)))
+}
+
+/// `DELETE /v1/adapters/{name}`.
+pub(crate) async fn delete(call: Call) -> Answer {
+    let name = call.param;
+    call.app.call(move |app| unload(app, &name)).await?;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    Ok(response)
+}
+
+/// `POST /v1/adapters/validate`: the accounting of every tensor; nothing is registered.
+pub(crate) async fn validate(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let path: PathBuf = fields.require("path")?;
+    call.app.note_unknown(&fields)?;
+    let work = move |app: &App| {
+        let path = confine(&app.roots, &path)?;
+        Ok(app.runtime.validate(&path).map_err(|error| checkpoint_error(&error))?.to_json())
+    };
+    Ok(typed_response("application/json", call.app.call(work).await?))
+}
+
+fn plain(text: String) -> Response<Body> {
+    typed_response("text/plain; charset=utf-8", text)
+}
+
+fn details(app: &App, name: &str) -> Result<AdapterDetails, ApiError> {
+    app.runtime.adapter(name)?.ok_or_else(|| ApiError::model_not_found(&shown(name)))
+}
+
+fn unload(app: &App, name: &str) -> Result<(), ApiError> {
+    details(app, name)?;
+    Ok(app.runtime.unload(name)?)
+}
+
+fn register(
+    app: &App,
+    name: &str,
+    path: &Path,
+    replace: bool,
+    pinned: Option<bool>,
+) -> Result<AdapterDetails, ApiError> {
+    if app.base_names.iter().any(|base| base == name) {
+        let message = format!("{name:?} is the base model's name");
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "adapter_exists", message).with_param("lora_name"));
+    }
+    let path = confine(&app.roots, path)?;
+    let registered = app.runtime.register(name, &path, replace, pinned == Some(true)).inspect_err(|error| {
+        if let RegisterError::Checkpoint(error) = error {
+            app.metrics.count_load_failure(error.code());
+        }
+    })?;
+    if pinned == Some(false) && registered.info.pinned {
+        app.runtime.pin(name, false)?;
+        return details(app, name);
+    }
+    Ok(registered)
+}
+
+fn resource(details: &AdapterDetails) -> Value {
+    let info = &details.info;
+    let report = details.checkpoint.as_ref().map(|adapter| adapter.report());
+    let (state, tier) = match info.state {
+        AdapterState::Registered => ("registered", "disk"),
+        AdapterState::Loading => ("loading", "disk"),
+        AdapterState::Host => ("host", "host"),
+        AdapterState::Resident => ("resident", "device"),
+        AdapterState::Failed => ("failed", "none"),
+    };
+    json!({
+        "object": "adapter", "name": &*info.name, "version": info.version, "state": state, "tier": tier,
+        "reason": info.reason.as_deref(), "pinned": info.pinned, "replacing": info.replacing,
+        "pins": info.pins, "in_flight": info.unfinished, "num_pages": info.num_pages, "bytes": info.bytes,
+        "path": report.map(|report| report.folder.to_string_lossy()),
+        "min_rank": report.map(|report| report.min_rank), "max_rank": report.map(|report| report.max_rank),
+        "targets": report.map(|report| report.targets()),
+    })
+}
+
+/// The path with its links resolved, which must be absolute and lie beneath a root; no link inside leads out either. What
+/// lies outside is refused the same way whether it exists or not.
+fn confine(roots: &[PathBuf], path: &Path) -> Result<PathBuf, ApiError> {
+    let refused = || {
+        let message = "the path must be absolute and, links resolved, beneath one of the server's adapter folders; hint: start \
+                       the server with --adapter-root";
+        ApiError::new(StatusCode::BAD_REQUEST, "path_not_allowed", message).with_param("lora_path")
+    };
+    let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !path.is_absolute() || !is_plain {
+        return Err(refused());
+    }
+    let is_inside = |path: &Path| roots.iter().any(|root| path.starts_with(root));
+    let resolved = resolve(path).ok_or_else(refused)?;
+    if !is_inside(&resolved) || !links_stay(&resolved, 1, &is_inside) {
+        return Err(refused());
+    }
+    Ok(resolved)
+}
+
+/// Resolves links as far as the path exists: the rest is plain names.
+fn resolve(path: &Path) -> Option<PathBuf> {
+    let existing = path.ancestors().find(|part| part.symlink_metadata().is_ok())?;
+    let rest = path.strip_prefix(existing).ok()?;
+    let resolved = existing.canonicalize().ok()?;
+    Some(if rest.as_os_str().is_empty() { resolved } else { resolved.join(rest) })
+}
+
+/// Whether links in the folder, and `levels` below, stay inside. A folder that cannot be read is the store's to refuse.
+fn links_stay(folder: &Path, levels: usize, is_inside: &impl Fn(&Path) -> bool) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else { return true };
+    let stays = |path: PathBuf| {
+        let target = path.canonicalize();
+        let is_broken_link = target.is_err();
+        let stays = target.is_ok_and(|target| is_inside(&target));
+        is_broken_link || (stays && (levels == 0 || !path.is_dir() || links_stay(&path, levels - 1, is_inside)))
+    };
+    let mut seen = 0;
+    entries.flatten().all(|entry| {
+        seen += 1;
+        seen <= MAX_ENTRIES && stays(entry.path())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_lies_beneath_a_root_is_let_in_links_resolved() {
+        let world = tempfile::tempdir().unwrap();
+        let world = world.path().canonicalize().unwrap();
+        let (root, outside) = (world.join("root"), world.join("root-outside"));
+        for folder in [root.join("a/nested"), outside.join("b")] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
+        std::fs::write(outside.join("b/secret"), "x").unwrap();
+        let link = |to: &Path, at: PathBuf| std::os::unix::fs::symlink(to, at).unwrap();
+        link(&outside.join("b"), root.join("out"));
+        link(&root.join("a"), root.join("in"));
+        std::fs::create_dir(root.join("c")).unwrap();
+        link(&outside.join("b/secret"), root.join("c/adapter_model.safetensors"));
+        std::fs::create_dir_all(root.join("d/e")).unwrap();
+        link(&outside.join("b/secret"), root.join("d/e/adapter_config.json"));
+        let roots = [root.clone()];
+        let is_allowed = |path: &Path| confine(&roots, path).is_ok();
+        for path in [root.join("a"), root.join("in"), root.join("a/"), root.join("a/nested"), root.join("not-there")] {
+            assert!(is_allowed(&path), "{}", path.display());
+        }
+        let refused = [
+            root.join("out"),
+            root.join("out/deeper"),
+            outside.clone(),
+            outside.join("b"),
+            outside.join("not-there"),
+            root.join(".."),
+            root.join("a/../../root-outside"),
+            root.join("a/../a"),
+            root.join("c"),
+            root.join("d"),
+            PathBuf::from("a"),
+            PathBuf::from("./a"),
+            PathBuf::from(""),
+            PathBuf::from("/"),
+            PathBuf::from("/proc/self/root"),
+        ];
+        for path in refused {
+            let error = confine(&roots, &path).unwrap_err();
+            assert_eq!((error.status.as_u16(), error.code), (400, "path_not_allowed"), "{}", path.display());
+        }
+        assert!(!confine(&[], &root.join("a")).is_ok(), "without roots nothing is allowed");
+    }
+}

@@ -1,0 +1,148 @@
+//! `POST /v1/chat/completions`.
+
+use serde_json::{Map, Value};
+use slora_text::{ChatInput, TextModel};
+
+use crate::app::App;
+use crate::completions::no_tokenizer;
+use crate::errors::{ApiError, text_error};
+use crate::fields::Fields;
+use crate::inference::{Inference, admit, check_text_len, run};
+use crate::log::unix_time_s;
+use crate::reply::{Prompt, Shape};
+use crate::router::{Answer, Call};
+use crate::sampling::{self, take_streaming};
+
+/// Fields of completions, or of other servers' chats, that mean nothing good here.
+const UNSUPPORTED: &[(&str, &[&str])] = &[
+    ("chat_template", &[]),
+    ("documents", &["[]"]),
+    ("echo", &["false"]),
+    ("add_special_tokens", &["false"]),
+    ("reasoning_effort", &["\"none\""]),
+];
+
+/// The route.
+pub(crate) async fn complete(mut call: Call) -> Answer {
+    let app = call.app.clone();
+    let body = call.body.clone();
+    let mut fields = Fields::parse(&body, app.config.limits.max_json_depth)?;
+    let target = app.resolve(&call.caller, fields.require("model")?)?;
+    let streaming = take_streaming(&mut fields)?;
+    for (name, idle) in UNSUPPORTED {
+        fields.refuse(name, idle)?;
+    }
+    let input = take_input(&app, &mut fields)?;
+    let logprobs = take_logprobs(&mut fields)?;
+    let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
+    fields.ignore(&["request_id"]);
+    let mut sampling = sampling::take(&mut fields, &app.config.sampling_defaults, &app.config.limits)?;
+    app.note_unknown(&fields)?;
+    sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
+    sampling.params.logprobs = logprobs;
+    let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
+    let config = app.runtime.config();
+    sampling.check(config.vocab_size)?;
+    let admitted = admit(&mut call, &[body.len()], sampling.n)?;
+
+    let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
+    let (cut, max_context, pool) = (sampling.clone(), config.max_context, app.clone());
+    let work = move || {
+        let mut ids = encode(&pool, &text, &input)?;
+        cut.truncate(&mut ids, max_context);
+        Ok(vec![Prompt { ids, text: String::new() }])
+    };
+    let prompts = app.text_pool.run(body.len(), work).await?;
+    let (shape, echo) = (Shape::Chat, false);
+    let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
+    run(call, admitted, inference, prompts).await
+}
+
+/// Messages → ids, with the length of the rendered text checked in between.
+pub(crate) fn encode(app: &App, text: &TextModel, input: &ChatInput) -> Result<Vec<u32>, ApiError> {
+    let prompt = text.render_chat(input).map_err(|error| text_error(&error))?;
+    check_text_len(app, prompt.len())?;
+    text.encode(&prompt, false).map_err(|error| text_error(&error))
+}
+
+/// The fields that the chat template sees.
+pub(crate) fn take_input(app: &App, fields: &mut Fields) -> Result<ChatInput, ApiError> {
+    let limits = &app.config.limits;
+    let mut messages: Vec<Map<String, Value>> = fields.require("messages")?;
+    if messages.is_empty() || messages.len() > limits.max_messages {
+        let message = format!("messages has {} entries, it must have 1 to {}", messages.len(), limits.max_messages);
+        return Err(ApiError::invalid("messages", message));
+    }
+    for (index, message) in messages.iter_mut().enumerate() {
+        check_message(index, message)?;
+    }
+    let bytes: usize = messages.iter().filter_map(|message| message.get("content")?.as_str()).map(str::len).sum();
+    if bytes > limits.max_message_bytes {
+        let message = format!("messages have {bytes} bytes of content, the limit is {}", limits.max_message_bytes);
+        return Err(ApiError::invalid("messages", message));
+    }
+    let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message);
+    if add_generation_prompt && continue_final_message {
+        let message = "continue_final_message and add_generation_prompt exclude each other";
+        return Err(ApiError::invalid("continue_final_message", message));
+    }
+    Ok(ChatInput {
+        messages: Value::Array(messages.into_iter().map(Value::Object).collect()),
+        add_generation_prompt,
+        continue_final_message,
+        kwargs: fields.take("chat_template_kwargs")?.unwrap_or_default(),
+        now_unix_s: unix_time_s() as i64,
+        ..ChatInput::default()
+    })
+}
+
+/// A role, and content that is text: parts are joined by line breaks, as most templates know strings only.
+fn check_message(index: usize, message: &mut Map<String, Value>) -> Result<(), ApiError> {
+    let invalid = |what: &str| Err(ApiError::invalid("messages", format!("messages[{index}] {what}")));
+    if !message.get("role").is_some_and(|role| role.as_str().is_some_and(|role| !role.is_empty())) {
+        return invalid("has no role");
+    }
+    if message.get("tool_calls").is_some_and(|calls| !calls.is_null() && calls.as_array().is_none_or(|c| !c.is_empty()))
+    {
+        return Err(ApiError::unsupported(
+            "messages",
+            format!("messages[{index}] has tool_calls, which are not supported"),
+        ));
+    }
+    match message.get("content") {
+        Some(Value::String(_)) => Ok(()),
+        Some(Value::Array(parts)) => {
+            let texts: Option<Vec<&str>> = parts.iter().map(part_text).collect();
+            let Some(texts) = texts else {
+                let message = format!("messages[{index}] has a part that is not text, which is not supported");
+                return Err(ApiError::unsupported("messages", message));
+            };
+            let joined = texts.join("\n");
+            message.insert("content".into(), Value::String(joined));
+            Ok(())
+        }
+        _ => invalid("has no content, a string or a list of text parts"),
+    }
+}
+
+fn part_text(part: &Value) -> Option<&str> {
+    match part {
+        Value::String(text) => Some(text),
+        Value::Object(part) if part.get("type").is_some_and(|kind| kind == "text") => part.get("text")?.as_str(),
+        _ => None,
+    }
+}
+
+/// `logprobs` turns them on, `top_logprobs` says how many.
+fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let is_on = fields.take("logprobs")?.unwrap_or(false);
+    let top: Option<u32> = fields.take("top_logprobs")?;
+    match (is_on, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => {
+            Err(ApiError::invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true"))
+        }
+    }
+}

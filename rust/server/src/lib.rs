@@ -1,0 +1,44 @@
+//! The OpenAI-compatible HTTP server around a [`Runtime`](slora_runtime::Runtime), with the adapters' lifecycle.
+//!
+//! Threads of its own do HTTP: they put requests into the runtime's inbox and make text from the ids that come back, so the
+//! thread that runs steps never waits for a client. `docs/http.md` says what each route does.
+//!
+//! ```text
+//!  connection ──▶ router (level, body, limits) ──▶ route ──▶ text pool ──▶ Runtime::submit
+//!  client ◀── sse / whole answer ◀── generation (all choices of one request) ◀── Output
+//! ```
+#![forbid(unsafe_code)]
+
+mod adapters;
+mod admission;
+mod app;
+mod auth;
+mod chat;
+mod completions;
+mod config;
+mod connection;
+mod errors;
+mod fields;
+mod generation;
+mod health;
+mod histogram;
+mod inference;
+mod keys_file;
+mod log;
+mod logprobs;
+mod metrics;
+mod models;
+mod quota;
+mod record;
+mod reply;
+mod router;
+mod sampling;
+mod server;
+mod sse;
+mod text_pool;
+mod tokenize;
+
+pub use auth::Level;
+pub use config::{AdapterFlag, Limits, SamplingDefaults, Secret, ServerConfig};
+pub use router::{RouteInfo, routes};
+pub use server::{ServeError, Server};

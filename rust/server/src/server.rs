@@ -1,0 +1,323 @@
+//! The server's life: what is checked before it listens, the threads that serve, drain and stop.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use axum::Router;
+use serde_json::json;
+use slora_runtime::{Runtime, State};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+
+use crate::app::{App, is_adapter_name};
+use crate::config::ServerConfig;
+use crate::errors::ApiError;
+use crate::log::Log;
+use crate::router::{Peer, router};
+use crate::{connection, keys_file};
+
+/// Connections that the system may hold until they are taken.
+const BACKLOG: i32 = 4096;
+/// Threads for files, text and calls to the step thread.
+const MAX_BLOCKING_THREADS: usize = 64;
+/// How long answers that are being written may take to go out when the server stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two looks at the keys file and at the engine's progress.
+const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+/// Pause after a connection could not be taken, which mostly means that no descriptors are left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Why the server did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// A value of the configuration is out of range.
+    #[error("{0}")]
+    Config(String),
+    /// An adapter from the command line cannot be served.
+    #[error("adapter {name:?}: {reason}")]
+    Adapter {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Bind {
+        /// Host and port.
+        address: String,
+        /// The system's error.
+        error: std::io::Error,
+    },
+    /// A thread cannot be started.
+    #[error("cannot start the server's threads: {0}")]
+    Threads(std::io::Error),
+}
+
+/// A running server. Dropping it stops it.
+pub struct Server {
+    app: Arc<App>,
+    address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
+    stop: watch::Sender<bool>,
+    threads: Mutex<Option<tokio::runtime::Runtime>>,
+}
+
+impl Server {
+    /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
+    ///
+    /// Adapters are registered by the runtime's step thread, which must be running.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the configuration, an adapter or the address.
+    pub fn start(config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
+        check(&config)?;
+        let roots = roots(&config)?;
+        let log = Log::start().map_err(ServeError::Threads)?;
+        let app = Arc::new(App::new(config, runtime, roots, log));
+        let config = &app.config;
+        register(&app)?;
+        if let Some(path) = &config.api_keys_file {
+            app.auth.set_file_keys(keys_file::read(path).map_err(ServeError::Config)?);
+        }
+        let (listener, address) = bind(&config.host, config.port)?;
+        let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+        let metrics_address = metrics.as_ref().map(|(_, address)| *address);
+        let threads = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(config.threads())
+            .max_blocking_threads(MAX_BLOCKING_THREADS)
+            .thread_name("slora-http")
+            .enable_all()
+            .build()
+            .map_err(ServeError::Threads)?;
+        let (stop, stopped) = watch::channel(false);
+        let doors = [Some((listener, false)), metrics.map(|(listener, _)| (listener, true))];
+        for (listener, is_metrics_port) in doors.into_iter().flatten() {
+            let _context = threads.enter();
+            let listener = TcpListener::from_std(listener).map_err(ServeError::Threads)?;
+            let door = Door { app: app.clone(), router: router(&app), is_metrics_port, stopped: stopped.clone() };
+            threads.spawn(door.open(listener));
+        }
+        threads.spawn(watch_keys(app.clone()));
+        threads.spawn(watch_steps(app.clone()));
+        app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
+        Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where the second port listens, if there is one.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
+    }
+
+    /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
+    pub fn begin_drain(&self) {
+        self.app.drain();
+    }
+
+    /// Waits until everything that was let in has ended after [`begin_drain`](Self::begin_drain), or the server was
+    /// stopped; whether that is so within `timeout`.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let is_over = *self.stop.borrow() || (self.app.is_draining() && self.app.is_idle());
+            let left = deadline.saturating_duration_since(Instant::now());
+            if is_over || left.is_zero() {
+                return is_over;
+            }
+            std::thread::sleep(left.min(Duration::from_millis(10)));
+        }
+    }
+
+    /// Stops: answers that are whole still go out, everything else is cut off and its requests cancelled.
+    pub fn stop(&self) {
+        self.app.drain();
+        self.stop.send_replace(true);
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(threads) = threads else { return };
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.app.metrics.open_connections.load(Ordering::Relaxed) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        threads.shutdown_timeout(STOP_TIMEOUT);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn check(config: &ServerConfig) -> Result<(), ServeError> {
+    let limits = &config.limits;
+    let times = [
+        ("header_timeout_s", limits.header_timeout_s),
+        ("body_timeout_s", limits.body_timeout_s),
+        ("stall_timeout_s", limits.stall_timeout_s),
+        ("accept_timeout_s", limits.accept_timeout_s),
+        ("keep_alive_s", limits.keep_alive_s),
+    ];
+    for (name, value) in times {
+        if !(value > 0.0 && value <= 86_400.0) {
+            return Err(ServeError::Config(format!("{name} is {value}, it must be above 0 and at most 86400")));
+        }
+    }
+    if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
+        let message = format!("step_timeout_s is {}, it must be 0 to 86400", config.step_timeout_s);
+        return Err(ServeError::Config(message));
+    }
+    Ok(())
+}
+
+fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
+    let resolve = |path: &PathBuf| {
+        let resolved = path.canonicalize().map_err(|error| error.to_string());
+        let resolved = resolved.and_then(|path| if path.is_dir() { Ok(path) } else { Err("is not a folder".into()) });
+        resolved.map_err(|error| ServeError::Config(format!("adapter root {}: {error}", path.display())))
+    };
+    config.adapter_roots.iter().map(resolve).collect()
+}
+
+/// The adapters of the command line are there before the first request is.
+fn register(app: &App) -> Result<(), ServeError> {
+    for flag in &app.config.adapters {
+        let failed = |reason: String| ServeError::Adapter { name: flag.name.clone(), reason };
+        if app.base_names.contains(&flag.name) {
+            return Err(failed("is the base model's name".into()));
+        }
+        let registered = app.runtime.register(&flag.name, &flag.path, false, flag.pinned);
+        registered.map_err(|error| failed(error.to_string()))?;
+    }
+    match app.base_names.iter().find(|name| name.contains(':')) {
+        Some(name) if is_adapter_name(name) => Ok(()),
+        Some(name) => {
+            let message = format!("served model name {name:?} has a colon, which stands between base and adapter");
+            Err(ServeError::Config(message))
+        }
+        None => Ok(()),
+    }
+}
+
+fn bind(host: &str, port: u16) -> Result<(std::net::TcpListener, SocketAddr), ServeError> {
+    let failed = |error| ServeError::Bind { address: format!("{host}:{port}"), error };
+    let listen = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = std::net::TcpListener::from(socket);
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    let mut last = std::io::ErrorKind::AddrNotAvailable.into();
+    for address in (host, port).to_socket_addrs().map_err(failed)? {
+        match listen(address) {
+            Ok(bound) => return Ok(bound),
+            Err(error) => last = error,
+        }
+    }
+    Err(failed(last))
+}
+
+/// A port that takes connections.
+struct Door {
+    app: Arc<App>,
+    router: Router,
+    is_metrics_port: bool,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Door {
+    async fn open(mut self, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(self.app.config.limits.max_connections));
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = self.stopped.changed() => return,
+            };
+            let Ok((stream, address)) = accepted else {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tokio::spawn(turn_away(stream));
+                continue;
+            };
+            // Without it, small events wait for the client's acknowledgements; a socket that refuses it still works.
+            let _ = stream.set_nodelay(true);
+            let peer = Peer { address: address.ip(), is_metrics_port: self.is_metrics_port };
+            let served = connection::serve(self.app.clone(), self.router.clone(), stream, peer, self.stopped.clone());
+            tokio::spawn(async move {
+                served.await;
+                drop(place);
+            });
+        }
+    }
+}
+
+/// The answer to one connection too many.
+async fn turn_away(mut stream: TcpStream) {
+    let body = ApiError::overloaded("the server has too many open connections", 1).json();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let write = stream.write_all(answer.as_bytes());
+    // The client may be gone already.
+    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+}
+
+/// Reads the keys file again when it changes. A file with a mistake changes nothing.
+async fn watch_keys(app: Arc<App>) {
+    let Some(path) = app.config.api_keys_file.clone() else { return };
+    let stamp = |path: &PathBuf| -> Option<(SystemTime, u64)> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.modified().ok()?, metadata.len()))
+    };
+    let mut seen = None;
+    loop {
+        let at = path.clone();
+        let found = tokio::task::spawn_blocking(move || stamp(&at).map(|stamp| (stamp, keys_file::read(&at)))).await;
+        if let Ok(Some((stamp, keys))) = found
+            && seen.replace(stamp) != Some(stamp)
+        {
+            match keys {
+                Ok(keys) => app.auth.set_file_keys(keys),
+                Err(error) => app.log.line("keys_file_refused", json!({"error": error})),
+            }
+        }
+        tokio::time::sleep(WATCH_INTERVAL).await;
+    }
+}
+
+/// Ends the engine when its requests run and its steps do not, and says when it has ended, for whatever reason.
+async fn watch_steps(app: Arc<App>) {
+    let timeout = Duration::from_secs_f64(app.config.step_timeout_s);
+    let (mut steps, mut since) = (0, Instant::now());
+    loop {
+        tokio::time::sleep(WATCH_INTERVAL).await;
+        if let State::Failed(reason) = app.runtime.state() {
+            app.log.line("engine_failed", json!({"reason": &*reason}));
+            return;
+        }
+        let stats = app.runtime.snapshot().engine;
+        if stats.running == 0 || stats.steps != steps {
+            (steps, since) = (stats.steps, Instant::now());
+        }
+        if !timeout.is_zero() && since.elapsed() > timeout {
+            app.runtime.fail(&format!("a step took longer than {} s", timeout.as_secs_f64()));
+        }
+    }
+}
