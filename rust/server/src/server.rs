@@ -19,6 +19,7 @@ use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
 use crate::router::{Peer, router};
+use crate::watch::Watch;
 use crate::{connection, keys_file};
 
 /// Connections that the system may hold until they are taken.
@@ -82,6 +83,10 @@ impl Server {
         let app = Arc::new(App::new(config, runtime, roots, log));
         let config = &app.config;
         register(&app)?;
+        let mut watch = config.adapter_dir.clone().map(Watch::new);
+        if let Some(watch) = &mut watch {
+            watch.begin(&app);
+        }
         if let Some(path) = &config.api_keys_file {
             app.auth.set_file_keys(keys_file::read(path).map_err(ServeError::Config)?);
         }
@@ -105,6 +110,9 @@ impl Server {
         }
         threads.spawn(watch_keys(app.clone()));
         threads.spawn(watch_steps(app.clone()));
+        if let Some(watch) = watch {
+            threads.spawn(watch.run(app.clone()));
+        }
         app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
         Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
     }
@@ -166,6 +174,7 @@ fn check(config: &ServerConfig) -> Result<(), ServeError> {
         ("stall_timeout_s", limits.stall_timeout_s),
         ("accept_timeout_s", limits.accept_timeout_s),
         ("keep_alive_s", limits.keep_alive_s),
+        ("adapter_poll_s", config.adapter_poll_s),
     ];
     for (name, value) in times {
         if !(value > 0.0 && value <= 86_400.0) {
@@ -185,7 +194,7 @@ fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
         let resolved = resolved.and_then(|path| if path.is_dir() { Ok(path) } else { Err("is not a folder".into()) });
         resolved.map_err(|error| ServeError::Config(format!("adapter root {}: {error}", path.display())))
     };
-    config.adapter_roots.iter().map(resolve).collect()
+    config.adapter_roots.iter().chain(&config.adapter_dir).map(resolve).collect()
 }
 
 /// The adapters of the command line are there before the first request is.
