@@ -714,6 +714,22 @@ fn pages_of_other_origins_are_let_in_only_if_allowed() {
 }
 
 #[test]
+fn a_large_request_that_is_refused_gets_its_answer_and_not_a_reset() {
+    let world = World::configured(json!({"api_keys": ["user"]}));
+    let body = "x".repeat(8 << 20);
+    assert_eq!(world.send("POST", "/v1/completions", &[], Some(&body)).error(), (401, "invalid_api_key".into()));
+    let config = [
+        json!({"limits": {"max_n": 0}}),
+        json!({"limits": {"body_timeout_s": -1.0}}),
+        json!({"port": 0, "host": "256.0.0.1"}),
+    ];
+    for config in config {
+        let config = serde_json::from_value(config).unwrap();
+        assert!(slora_server::Server::start(config, world.runtime.clone()).is_err());
+    }
+}
+
+#[test]
 fn one_connection_too_many_is_told_so() {
     let world = World::configured(json!({"limits": {"max_connections": 2}}));
     let held = [world.raw("GET"), world.raw("GET")];
