@@ -645,3 +645,102 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
     assert_eq!(events(response.body.strip_suffix("data: [DONE]\n\n").unwrap()).len(), 2);
 }
+
+#[test]
+fn a_watched_folder_is_what_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_adapter("reverse", &folder.path().join("there"));
+    let world = World::configured(json!({"adapter_dir": folder.path(), "adapter_poll_s": 0.02}));
+    let version = |name: &str| world.runtime.adapter(name).unwrap().map(|details| details.info.version);
+    let wait = |what: &str, name: &str, expected: Option<u32>| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while version(name) != expected {
+            assert!(Instant::now() < deadline, "never so: {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    assert_eq!(version("there"), Some(1), "what was there is known before the first request");
+    std::fs::create_dir(folder.path().join("half")).unwrap();
+    let file = |name: &str, to: &str| {
+        std::fs::copy(example("adapters/upper").join(name), folder.path().join(to).join(name)).unwrap();
+    };
+    file("adapter_config.json", "half");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(version("half"), None, "a half-written one waits");
+    file("adapter_model.safetensors", "half");
+    wait("a whole one is registered", "half", Some(1));
+    file("adapter_model.safetensors", "there");
+    file("adapter_config.json", "there");
+    wait("a changed one is a new version", "there", Some(2));
+    std::fs::remove_dir_all(folder.path().join("half")).unwrap();
+    wait("a removed one goes", "half", None);
+    assert_eq!(world.post("/v1/completions", &with(completion(1), json!({"model": "there"}))).status, 200);
+}
+
+#[test]
+fn the_metrics_port_needs_no_key_and_answers_nothing_else() {
+    let config = json!({"metrics_port": 0, "api_keys": ["user"], "admin_keys": ["admin"]});
+    let world = World::configured(config);
+    let address = world.server.metrics_address().unwrap();
+    let get = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: any\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        Response::read(stream).status
+    };
+    assert_eq!([get("/metrics"), get("/health/ready"), get("/v1/models"), get("/v1/adapters")], [200, 200, 404, 404]);
+    assert_eq!(world.get("/metrics").error(), (401, "invalid_api_key".into()));
+}
+
+#[test]
+fn pages_of_other_origins_are_let_in_only_if_allowed() {
+    let world = World::configured(json!({"allowed_origins": ["https://good.example"]}));
+    let preflight = |origin: &str| {
+        let headers = [("origin", origin), ("access-control-request-method", "POST")];
+        let response = world.send("OPTIONS", "/v1/completions", &headers, None);
+        (response.status, response.header("access-control-allow-origin").map(str::to_owned))
+    };
+    assert_eq!(preflight("https://good.example"), (204, Some("https://good.example".into())));
+    assert_eq!(preflight("https://bad.example"), (405, None));
+    let body = completion(1).to_string();
+    let asked = world.send("POST", "/v1/completions", &[("origin", "https://good.example")], Some(&body));
+    assert_eq!(asked.header("access-control-allow-origin"), Some("https://good.example"));
+    let untyped = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\norigin: https://bad.example\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    assert_eq!(Response::read(world.raw(&untyped)).error(), (415, "unsupported_media_type".into()));
+}
+
+#[test]
+fn a_large_request_that_is_refused_gets_its_answer_and_not_a_reset() {
+    let world = World::configured(json!({"api_keys": ["user"]}));
+    let body = "x".repeat(8 << 20);
+    assert_eq!(world.send("POST", "/v1/completions", &[], Some(&body)).error(), (401, "invalid_api_key".into()));
+    let config = [
+        json!({"limits": {"max_n": 0}}),
+        json!({"limits": {"body_timeout_s": -1.0}}),
+        json!({"port": 0, "host": "256.0.0.1"}),
+    ];
+    for config in config {
+        let config = serde_json::from_value(config).unwrap();
+        assert!(slora_server::Server::start(config, world.runtime.clone()).is_err());
+    }
+}
+
+#[test]
+fn one_connection_too_many_is_told_so() {
+    let world = World::configured(json!({"limits": {"max_connections": 2}}));
+    let held = [world.raw("GET"), world.raw("GET")];
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let response = Response::read(world.raw("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"));
+        if response.status == 503 {
+            assert_eq!(response.json()["error"]["code"], "server_overloaded");
+            break;
+        }
+        assert!(Instant::now() < deadline);
+    }
+    drop(held);
+}
