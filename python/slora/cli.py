@@ -193,8 +193,10 @@ def add_serve(commands: Parsers) -> None:
     )
     parser = add_command(commands, "serve", run_serve, "serve the OpenAI API over HTTP", examples)
     parser.add_argument("model", type=Path, help="folder of the base model")
-    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH", help="repeatable")
-    parser.add_argument("--adapter-dir", type=Path, help="folder whose sub-folders are adapters; also a root")
+    parser.add_argument(
+        "--adapter", "--lora-modules", action="append", default=[], metavar="NAME=PATH", help="repeatable"
+    )
+    parser.add_argument("--adapter-dir", type=Path, help="folder of adapters, watched; also a root")
     parser.add_argument("--adapter-root", action="append", default=[], type=Path, help="paths over HTTP lie beneath")
     parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
     parser.add_argument("--host", default="127.0.0.1", help="without any key: loopback only")
@@ -228,15 +230,14 @@ def run_serve(options: argparse.Namespace) -> int:
         "metrics_port": options.metrics_port,
         "served_model_names": options.served_model_name,
         "adapters": adapters,
+        "adapter_dir": options.adapter_dir and str(options.adapter_dir),
         "adapter_roots": [str(path) for path in options.adapter_root],
         "api_keys": keys(options.api_key, "SLORA_API_KEY"),
         "api_keys_file": options.api_keys_file and str(options.api_keys_file),
         "admin_keys": keys(options.admin_key, "SLORA_ADMIN_KEY"),
     }
-    if options.adapter_dir:
-        config["adapter_roots"].append(str(options.adapter_dir.resolve()))
     names = ("device", "dtype", "max_context", "max_running", "pool_bytes", "host_bytes")
-    engine = Options(adapters=options.adapter_dir, **{name: getattr(options, name) for name in names})
+    engine = Options(**{name: getattr(options, name) for name in names})
     return serve(options.model, engine, config, options.drain_timeout)
 
 
