@@ -728,10 +728,22 @@ fn a_large_request_that_is_refused_gets_its_answer_and_not_a_reset() {
     let world = World::configured(json!({"api_keys": ["user"]}));
     let body = "x".repeat(8 << 20);
     assert_eq!(world.send("POST", "/v1/completions", &[], Some(&body)).error(), (401, "invalid_api_key".into()));
+    let mut slow = world.raw("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{");
+    for part in [998, 1] {
+        std::thread::sleep(Duration::from_millis(100));
+        slow.write_all(&vec![b' '; part]).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(Response::read(slow).error(), (401, "invalid_api_key".into()));
+}
+
+#[test]
+fn a_server_that_cannot_work_does_not_start() {
+    let world = World::new();
     let config = [
         json!({"limits": {"max_n": 0}}),
         json!({"limits": {"body_timeout_s": -1.0}}),
-        json!({"port": 0, "host": "256.0.0.1"}),
+        json!({"port": 0, "host": "192.0.2.1"}),
     ];
     for config in config {
         let config = serde_json::from_value(config).unwrap();
