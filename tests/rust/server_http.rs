@@ -766,3 +766,27 @@ fn one_connection_too_many_is_told_so() {
     }
     drop(held);
 }
+
+#[test]
+fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
+    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+    let body =
+        with(completion(200), json!({"stream": true, "n": 128, "logprobs": 5, "return_token_ids": true})).to_string();
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&world.server.address().into()).unwrap();
+    let mut stalled = std::net::TcpStream::from(socket);
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
+    stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
+    assert!(world.get("/metrics").body.contains("slora:open_streams 1\n"));
+    assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !world.get("/metrics").body.contains("slora:open_streams 0\n") {
+        assert!(Instant::now() < deadline, "the stalled reader was not dropped");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(world.get("/metrics").body.contains("slora:disconnects_total 1\n"));
+    assert_eq!(world.get("/load").json()["server_load"], 0);
+    drop(stalled);
+}
