@@ -46,6 +46,7 @@ fn base() -> BaseSpec {
         tp_size: 1,
         name: None,
         max_adapter_pages: 64,
+        max_rank: u32::MAX,
     }
 }
 
