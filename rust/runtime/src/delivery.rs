@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use slora_core::{EndReason, Events, RequestId};
 
@@ -19,8 +20,8 @@ const MAX_MESSAGES: usize = 4096;
 pub(crate) enum Message {
     /// A request that the engine is about to be asked to take.
     Open(Arc<Channel>),
-    /// It has.
-    Accepted(RequestId),
+    /// It has, and bound this version of its adapter (0: the base), whose weights were loaded or not.
+    Accepted { id: RequestId, version: u32, was_loaded: bool },
     /// It has not.
     Refused(RequestId, RequestError),
     /// What happened in a step.
@@ -77,9 +78,9 @@ impl Requests {
         while let Ok(message) = receiver.recv() {
             match message {
                 Message::Open(channel) => self.open(channel),
-                Message::Accepted(id) => {
+                Message::Accepted { id, version, was_loaded } => {
                     if let Some(channel) = self.open.get(&id) {
-                        channel.accept();
+                        channel.accept(version, was_loaded);
                     }
                 }
                 Message::Refused(id, error) => {
@@ -118,11 +119,12 @@ impl Requests {
             let wanted = channel.num_prompt_logprobs.unwrap_or(0);
             channel.push_prompt_logprobs(rows.map(|row| logprobs.prompt(row, wanted)));
         }
+        let now = Instant::now();
         for event in &events.tokens {
             let Some(channel) = self.open.get(&event.request) else { continue };
             let found: Option<TokenLogprobs> =
                 channel.num_logprobs.map(|wanted| logprobs.sampled(event.row as usize, wanted));
-            let command = match channel.push(event.token, found) {
+            let command = match channel.push(event.token, found, now) {
                 TextProgress::Quiet => continue,
                 TextProgress::Checked(num_tokens) => Command::Checked(event.request, num_tokens),
                 TextProgress::Ended => Command::Cancel(event.request),

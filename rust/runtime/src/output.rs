@@ -1,6 +1,7 @@
 //! What a request has brought so far, between the delivery thread and the request's reader.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use slora_core::{EndReason, RequestId};
 use slora_text::{Detokenizer, StopStrings, TextError};
@@ -27,6 +28,8 @@ pub struct Piece {
     pub text: String,
     /// If asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// When the step that made it was delivered, however late the reader looks.
+    pub at: Instant,
 }
 
 /// How a request ended.
@@ -49,6 +52,10 @@ pub enum End {
 pub struct Delta {
     /// The engine has taken the request into its queue.
     pub is_accepted: bool,
+    /// The version of the adapter that it was bound to then; 0: the base model.
+    pub version: u32,
+    /// Whether that adapter's weights were in the host tier or on the device then; true for the base model.
+    pub was_loaded: bool,
     /// New tokens.
     pub pieces: Vec<Piece>,
     /// With the end: text that was held back and belongs to no single token.
@@ -155,9 +162,11 @@ impl Channel {
         }
     }
 
-    pub fn accept(&self) {
+    pub fn accept(&self, version: u32, was_loaded: bool) {
         let mut state = self.lock();
         state.delta.is_accepted = true;
+        state.delta.version = version;
+        state.delta.was_loaded = was_loaded;
         if self.wakes_on_token {
             self.signal(state);
         }
@@ -168,14 +177,14 @@ impl Channel {
         self.lock().hides_last = true;
     }
 
-    pub fn push(&self, token: u32, logprobs: Option<TokenLogprobs>) -> TextProgress {
+    pub fn push(&self, token: u32, logprobs: Option<TokenLogprobs>, at: Instant) -> TextProgress {
         let mut state = self.lock();
         if state.delta.end.is_some() {
             return TextProgress::Quiet;
         }
         state.num_tokens += 1;
         state.is_last_hidden = state.hides_last;
-        state.delta.pieces.push(Piece { token, text: String::new(), logprobs });
+        state.delta.pieces.push(Piece { token, text: String::new(), logprobs, at });
         let mut progress = TextProgress::Quiet;
         if self.has_stops {
             state.decode();
@@ -297,7 +306,13 @@ impl Output {
         }
         state.num_decoded = 0;
         state.is_last_hidden = false;
-        let next = Delta { is_accepted: state.delta.is_accepted, end: state.delta.end.clone(), ..Delta::default() };
+        let next = Delta {
+            is_accepted: state.delta.is_accepted,
+            version: state.delta.version,
+            was_loaded: state.delta.was_loaded,
+            end: state.delta.end.clone(),
+            ..Delta::default()
+        };
         let delta = std::mem::replace(&mut state.delta, next);
         drop(state);
         if matches!(delta.end, Some(End::StopString(_) | End::Error(_))) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use slora_core::{AdapterId, AdapterInfo, AdapterSpec, Counts, Engine, Events};
+use slora_core::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, Counts, Engine, Events, RequestId};
 use slora_store::Adapter;
 
 use crate::delivery::Message;
@@ -135,9 +135,9 @@ impl Stepper {
         for command in commands.drain(..) {
             match command {
                 Command::Submit(request, _) => {
-                    let id = request.id;
+                    let (id, adapter) = (request.id, request.adapter.clone());
                     let message = match self.engine.submit(now_us, request) {
-                        Ok(()) => Message::Accepted(id),
+                        Ok(()) => self.accepted(id, adapter.as_deref()),
                         Err(error) => Message::Refused(id, error.into()),
                     };
                     self.send(message);
@@ -157,6 +157,17 @@ impl Stepper {
             }
         }
         self.commands = commands;
+    }
+
+    /// What the name means at submit is what the request is bound to.
+    fn accepted(&self, id: RequestId, adapter: Option<&str>) -> Message {
+        let info = adapter.and_then(|name| self.engine.adapter_info(name));
+        let is_loaded = |info: AdapterInfo| matches!(info.state, AdapterState::Host | AdapterState::Resident);
+        Message::Accepted {
+            id,
+            version: info.as_ref().map_or(0, |info| info.version),
+            was_loaded: info.is_none_or(is_loaded),
+        }
     }
 
     fn start_loads(&mut self) {
