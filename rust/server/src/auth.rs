@@ -1,0 +1,251 @@
+//! Who calls, and what they may do.
+
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use axum::http::{HeaderMap, StatusCode, header};
+use sha2::{Digest, Sha256};
+use subtle::{Choice, ConstantTimeEq};
+
+use crate::config::{Secret, ServerConfig};
+use crate::errors::ApiError;
+use crate::quota::{Quota, Usage};
+
+/// SHA-256 of a key: keys themselves are not kept, and all are of one length.
+pub(crate) type KeyHash = [u8; 32];
+
+/// What a route asks of its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// Nothing.
+    Open,
+    /// A user's key; an admin's does too.
+    User,
+    /// An admin's key.
+    Admin,
+}
+
+/// A user's key with what it may do.
+#[derive(Debug)]
+pub(crate) struct Key {
+    pub hash: KeyHash,
+    /// Whose it is, for logs and metrics.
+    pub tenant: Arc<str>,
+    /// Patterns of adapter names, and of the base's; `None`: all.
+    pub adapters: Option<Vec<String>>,
+    pub quota: Quota,
+    /// What was used; outlives a new reading of the keys file.
+    pub usage: Arc<Usage>,
+}
+
+/// Who calls.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    pub tenant: Arc<str>,
+    /// `None`: an admin, or anybody on loopback when there are no keys.
+    pub key: Option<Arc<Key>>,
+}
+
+impl Caller {
+    /// Whether this name of an adapter, or of the base, is any of the caller's business.
+    pub fn may_use(&self, name: &str) -> bool {
+        let patterns = self.key.as_ref().and_then(|key| key.adapters.as_ref());
+        patterns.is_none_or(|patterns| patterns.iter().any(|pattern| matches_glob(pattern, name)))
+    }
+}
+
+/// All keys.
+pub(crate) struct Auth {
+    admins: Vec<KeyHash>,
+    users: Vec<Arc<Key>>,
+    from_file: RwLock<Vec<Arc<Key>>>,
+    has_file: bool,
+    open_tenant: Arc<str>,
+    admin_tenant: Arc<str>,
+}
+
+impl Auth {
+    pub fn new(config: &ServerConfig) -> Self {
+        let user = |(index, key): (usize, &Secret)| {
+            let tenant = if config.api_keys.len() == 1 { "default".into() } else { format!("key-{index}").into() };
+            let (quota, usage) = (Quota::default(), Arc::default());
+            Arc::new(Key { hash: hash(&key.0), tenant, adapters: None, quota, usage })
+        };
+        Self {
+            admins: config.admin_keys.iter().map(|key| hash(&key.0)).collect(),
+            users: config.api_keys.iter().enumerate().map(user).collect(),
+            from_file: RwLock::default(),
+            has_file: config.api_keys_file.is_some(),
+            open_tenant: "anonymous".into(),
+            admin_tenant: "admin".into(),
+        }
+    }
+
+    /// Whether any key is asked for.
+    pub fn has_keys(&self) -> bool {
+        self.has_file || !self.users.is_empty() || !self.admins.is_empty()
+    }
+
+    /// The keys of the file, as it is now.
+    pub fn set_file_keys(&self, keys: Vec<Key>) {
+        let mut current = self.from_file.write().unwrap_or_else(PoisonError::into_inner);
+        let carried = keys.into_iter().map(|mut key| {
+            if let Some(old) = current.iter().find(|old| old.hash == key.hash) {
+                key.usage = old.usage.clone();
+            }
+            Arc::new(key)
+        });
+        *current = carried.collect();
+    }
+
+    /// Lets a caller in, or says why not.
+    pub fn admit(&self, level: Level, headers: &HeaderMap, peer: IpAddr) -> Result<Caller, ApiError> {
+        let open = Caller { tenant: self.open_tenant.clone(), key: None };
+        if level == Level::Open {
+            return Ok(open);
+        }
+        if !self.has_keys() {
+            return self.admit_keyless(level, headers, peer).map(|()| open);
+        }
+        let Some(token) = bearer(headers) else {
+            return Err(unauthorized("no API key: send it as `Authorization: Bearer KEY`"));
+        };
+        let given = hash(token);
+        // Every key is compared with, whatever the outcome of the others.
+        let is_admin = self.admins.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&given));
+        if bool::from(is_admin) {
+            return Ok(Caller { tenant: self.admin_tenant.clone(), key: None });
+        }
+        let file_keys = self.from_file.read().unwrap_or_else(PoisonError::into_inner);
+        let mut found = None;
+        for key in self.users.iter().chain(file_keys.iter()) {
+            if bool::from(key.hash.ct_eq(&given)) {
+                found = Some(key.clone());
+            }
+        }
+        match (found, level) {
+            (None, _) => Err(unauthorized("the API key is not a valid one")),
+            (Some(_), Level::Admin) => Err(forbidden("adapters are managed with an admin key")),
+            (Some(key), _) => Ok(Caller { tenant: key.tenant.clone(), key: Some(key) }),
+        }
+    }
+
+    /// Without any key: inference on loopback only, no management. A name in `Host` that is not loopback's is a browser
+    /// that was led here by a page of somebody else.
+    fn admit_keyless(&self, level: Level, headers: &HeaderMap, peer: IpAddr) -> Result<(), ApiError> {
+        if level == Level::Admin {
+            return Err(forbidden("adapters are managed with an admin key; hint: start the server with --admin-key"));
+        }
+        if is_loopback(peer) && host_is_loopback(headers) {
+            return Ok(());
+        }
+        Err(unauthorized("the server has no keys and so answers on loopback only; hint: start it with --api-key"))
+    }
+}
+
+fn is_loopback(peer: IpAddr) -> bool {
+    peer.to_canonical().is_loopback()
+}
+
+fn host_is_loopback(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST) else { return true };
+    let Ok(host) = host.to_str() else { return false };
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(is_loopback)
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    (scheme.eq_ignore_ascii_case("bearer") && !token.trim().is_empty()).then_some(token.trim())
+}
+
+fn unauthorized(message: &str) -> ApiError {
+    ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+}
+
+fn forbidden(message: &str) -> ApiError {
+    ApiError::new(StatusCode::FORBIDDEN, "permission_denied", message)
+}
+
+pub(crate) fn hash(key: &str) -> KeyHash {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+/// `*`: any characters, `?`: one. Linear in both.
+pub(crate) fn matches_glob(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
+    let (mut p, mut n, mut star) = (0, 0, None);
+    while n < name.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                star = Some((p + 1, n));
+                p += 1;
+            }
+            Some(byte) if *byte == b'?' || *byte == name[n] => {
+                p += 1;
+                n += 1;
+            }
+            _ => {
+                let Some((after, at)) = star else { return false };
+                star = Some((after, at + 1));
+                (p, n) = (after, at + 1);
+            }
+        }
+    }
+    pattern[p..].iter().all(|byte| *byte == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let pair = |(name, value): &(&'static str, &str)| (name.parse().unwrap(), value.parse().unwrap());
+        pairs.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn globs_match_as_shells_do() {
+        let matching =
+            [("*", "x"), ("*", ""), ("sql-*", "sql-"), ("sql-*", "sql-a.b"), ("a?c", "abc"), ("*-x-*", "1-x-x-2")];
+        assert!(matching.iter().all(|(pattern, name)| matches_glob(pattern, name)));
+        let other = [("", "x"), ("sql-*", "sql"), ("a?c", "ac"), ("*b", "abc"), ("abc", "ABC")];
+        assert!(!other.iter().any(|(pattern, name)| matches_glob(pattern, name)));
+        assert!(!matches_glob(&"*a".repeat(64), &"a".repeat(63)));
+    }
+
+    #[test]
+    fn without_keys_only_loopback_may_ask_and_nobody_manages() {
+        let auth = Auth::new(&ServerConfig::default());
+        let here = "127.0.0.1".parse().unwrap();
+        assert!(auth.admit(Level::User, &headers(&[("host", "localhost:8000")]), here).is_ok());
+        assert!(auth.admit(Level::User, &headers(&[("host", "[::1]:8000")]), "::1".parse().unwrap()).is_ok());
+        let rebound = auth.admit(Level::User, &headers(&[("host", "evil.example:8000")]), here);
+        assert_eq!(rebound.unwrap_err().status.as_u16(), 401);
+        assert_eq!(
+            auth.admit(Level::User, &headers(&[]), "10.0.0.1".parse().unwrap()).unwrap_err().status.as_u16(),
+            401
+        );
+        assert_eq!(auth.admit(Level::Admin, &headers(&[]), here).unwrap_err().status.as_u16(), 403);
+    }
+
+    #[test]
+    fn a_users_key_is_forbidden_and_a_wrong_one_unauthorized_where_admins_go() {
+        let config = ServerConfig {
+            api_keys: vec![Secret("user".into())],
+            admin_keys: vec![Secret("admin".into())],
+            ..ServerConfig::default()
+        };
+        let auth = Auth::new(&config);
+        let peer = "10.0.0.1".parse().unwrap();
+        let status = |key: &str| {
+            let headers = headers(&[("authorization", &format!("Bearer {key}"))]);
+            auth.admit(Level::Admin, &headers, peer).map_or_else(|error| error.status.as_u16(), |_| 200)
+        };
+        assert_eq!([status("user"), status("wrong"), status("admin")], [403, 401, 200]);
+    }
+}

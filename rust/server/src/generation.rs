@@ -1,0 +1,239 @@
+//! The choices of one HTTP request on their way through the engine.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::task::AtomicWaker;
+use slora_core::RequestId;
+use slora_runtime::{Delta, End, Output, Runtime, Submission, Wake};
+
+use crate::admission::Reservation;
+use crate::errors::ApiError;
+use crate::metrics::{Finished, Metrics};
+use crate::quota::Place;
+use crate::record::Record;
+use crate::sampling::Sampling;
+
+/// Wakes the one task that reads all choices, and tells it which have something new.
+#[derive(Default)]
+struct Bell {
+    ready: Mutex<Vec<u32>>,
+    waker: AtomicWaker,
+}
+
+struct Ringer {
+    bell: Arc<Bell>,
+    index: u32,
+}
+
+impl Wake for Ringer {
+    fn wake(&self, _: RequestId) {
+        self.bell.ready.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
+        self.bell.waker.wake();
+    }
+}
+
+/// One choice: a request of the engine's.
+struct Choice {
+    output: Output,
+    num_tokens: u64,
+    first_at: Option<Instant>,
+    last_at: Option<Instant>,
+    is_open: bool,
+}
+
+/// All choices. Dropping it cancels what has not ended.
+pub(crate) struct Generation {
+    choices: Vec<Choice>,
+    num_open: usize,
+    bell: Arc<Bell>,
+    scratch: Vec<u32>,
+    adapter: Option<Arc<str>>,
+    metrics: Arc<Metrics>,
+    record: Arc<Record>,
+    _reservation: Reservation,
+    place: Option<Place>,
+}
+
+/// What a generation is made of.
+pub(crate) struct Start {
+    pub adapter: Option<Arc<str>>,
+    /// Ids of each prompt; each becomes `sampling.n` choices.
+    pub prompts: Vec<Vec<u32>>,
+    pub sampling: Sampling,
+    pub wakes_on_token: bool,
+    pub reservation: Reservation,
+    pub place: Option<Place>,
+}
+
+impl Generation {
+    /// Submits every choice, or none.
+    pub fn start(
+        runtime: &Runtime,
+        metrics: Arc<Metrics>,
+        record: Arc<Record>,
+        start: Start,
+    ) -> Result<Self, ApiError> {
+        let Start { adapter, prompts, sampling, wakes_on_token, reservation, place } = start;
+        let bell = Arc::new(Bell::default());
+        let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
+        for prompt in prompts {
+            for copy in 0..sampling.n {
+                let index = choices.len() as u32;
+                let wake = Arc::new(Ringer { bell: bell.clone(), index });
+                let output = runtime.submit(Submission {
+                    prompt: prompt.clone(),
+                    adapter: adapter.clone(),
+                    params: sampling.params.clone(),
+                    max_tokens: sampling.max_tokens,
+                    seed: sampling.seed.map(|seed| seed.wrapping_add(u64::from(copy))),
+                    stops: sampling.stops.clone(),
+                    include_stop: sampling.include_stop,
+                    skip_special_tokens: sampling.skip_special_tokens,
+                    wake,
+                    wakes_on_token,
+                })?;
+                choices.push(Choice { output, num_tokens: 0, first_at: None, last_at: None, is_open: true });
+            }
+        }
+        let num_open = choices.len();
+        Ok(Self {
+            choices,
+            num_open,
+            bell,
+            scratch: Vec::new(),
+            adapter,
+            metrics,
+            record,
+            _reservation: reservation,
+            place,
+        })
+    }
+
+    /// Choices in all.
+    pub fn len(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Whether every choice has ended and was read to its end.
+    pub fn is_over(&self) -> bool {
+        self.num_open == 0
+    }
+
+    /// Tokens of all choices so far.
+    pub fn total_tokens(&self) -> u64 {
+        self.choices.iter().map(|choice| choice.num_tokens).sum()
+    }
+
+    /// Puts what is new, with the choice's index, behind `into`. Pending only while there is nothing.
+    pub fn poll_deltas(&mut self, context: &mut Context<'_>, into: &mut Vec<(usize, Delta)>) -> Poll<()> {
+        self.bell.waker.register(context.waker());
+        std::mem::swap(&mut *self.bell.ready.lock().unwrap_or_else(PoisonError::into_inner), &mut self.scratch);
+        let ready = std::mem::take(&mut self.scratch);
+        let is_empty = ready.is_empty();
+        for index in &ready {
+            let index = *index as usize;
+            if self.choices[index].is_open {
+                let delta = self.choices[index].output.take();
+                self.note(index, &delta);
+                into.push((index, delta));
+            }
+        }
+        self.scratch = ready;
+        self.scratch.clear();
+        if is_empty { Poll::Pending } else { Poll::Ready(()) }
+    }
+
+    /// What is new; waits until there is something.
+    pub async fn next(&mut self) -> Vec<(usize, Delta)> {
+        let mut deltas = Vec::new();
+        std::future::poll_fn(|context| self.poll_deltas(context, &mut deltas)).await;
+        deltas
+    }
+
+    fn note(&mut self, index: usize, delta: &Delta) {
+        let started = self.record.started;
+        let choice = &mut self.choices[index];
+        for piece in &delta.pieces {
+            choice.num_tokens += 1;
+            match choice.last_at {
+                None => {
+                    choice.first_at = Some(piece.at);
+                    self.metrics.observe_first_token(piece.at.saturating_duration_since(started));
+                }
+                Some(last) => self.metrics.observe_inter_token(piece.at.saturating_duration_since(last), 1),
+            }
+            choice.last_at = Some(piece.at);
+        }
+        if let Some(end) = &delta.end {
+            choice.is_open = false;
+            self.num_open -= 1;
+            let reason = match end {
+                End::Length => "length",
+                End::Cancelled => "abort",
+                End::Error(_) => "error",
+                _ => "stop",
+            };
+            self.finish(index, reason);
+        }
+        if delta.is_accepted {
+            self.record.facts().version = delta.version;
+        }
+    }
+
+    fn finish(&self, index: usize, reason: &'static str) {
+        let choice = &self.choices[index];
+        let started = self.record.started;
+        self.metrics.observe_finished(Finished {
+            reason,
+            prompt_tokens: choice.output.prompt().len() as u64,
+            completion_tokens: choice.num_tokens,
+            elapsed: started.elapsed(),
+            first_token: choice.first_at.map(|at| at.saturating_duration_since(started)),
+            adapter: self.adapter.clone(),
+        });
+    }
+
+    fn first_token(&self) -> Option<Duration> {
+        let firsts = self.choices.iter().filter_map(|choice| choice.first_at);
+        firsts.min().map(|at| at.saturating_duration_since(self.record.started))
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let mut prompt_tokens = 0;
+        for index in 0..self.choices.len() {
+            prompt_tokens += self.choices[index].output.prompt().len() as u64;
+            if self.choices[index].is_open {
+                self.finish(index, "abort");
+            }
+        }
+        let completion_tokens = self.total_tokens();
+        if let Some(place) = &self.place {
+            place.charge(prompt_tokens + completion_tokens);
+        }
+        let mut facts = self.record.facts();
+        facts.prompt_tokens = prompt_tokens;
+        facts.completion_tokens = completion_tokens;
+        facts.first_token = self.first_token();
+    }
+}
+
+/// Counts an open stream for as long as it lives.
+pub(crate) struct OpenStream(Arc<Metrics>);
+
+impl OpenStream {
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        metrics.open_streams.fetch_add(1, Ordering::Relaxed);
+        Self(metrics)
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.open_streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,262 @@
+//! Request fields → how tokens are chosen.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+use slora_core::SamplingParams;
+
+use crate::config::{Limits, SamplingDefaults};
+use crate::errors::ApiError;
+use crate::fields::{Fields, type_error};
+
+/// What both completion routes share.
+#[derive(Debug, Clone)]
+pub(crate) struct Sampling {
+    pub params: SamplingParams,
+    /// `None`: what is left of the context.
+    pub max_tokens: Option<u32>,
+    pub seed: Option<u64>,
+    pub stops: Vec<String>,
+    pub include_stop: bool,
+    pub skip_special_tokens: bool,
+    pub n: u32,
+    pub truncate_prompt: Option<i64>,
+}
+
+/// Fields that are known, mean something to other servers, and are refused unless they say nothing. As JSON.
+const UNSUPPORTED: &[(&str, &[&str])] = &[
+    ("best_of", &["1"]),
+    ("suffix", &["\"\""]),
+    ("tools", &["[]"]),
+    ("tool_choice", &["\"none\"", "\"auto\""]),
+    ("functions", &["[]"]),
+    ("function_call", &["\"none\"", "\"auto\""]),
+    ("response_format", &["{\"type\":\"text\"}"]),
+    ("structured_outputs", &["{}"]),
+    ("guided_json", &[]),
+    ("guided_regex", &[]),
+    ("guided_choice", &["[]"]),
+    ("guided_grammar", &[]),
+    ("guided_json_object", &["false"]),
+    ("allowed_token_ids", &["[]"]),
+    ("bad_words", &["[]"]),
+    ("use_beam_search", &["false"]),
+    ("length_penalty", &["1", "1.0"]),
+    ("early_stopping", &["false"]),
+    ("modalities", &["[\"text\"]", "[]"]),
+    ("audio", &[]),
+    ("prediction", &[]),
+    ("web_search_options", &[]),
+    ("store", &["false"]),
+    ("priority", &["0"]),
+    ("cache_salt", &["\"\""]),
+    ("spaces_between_special_tokens", &["true"]),
+    ("return_tokens_as_token_ids", &["false"]),
+    ("lora_path", &["[]"]),
+    ("kv_transfer_params", &["{}"]),
+    ("logits_processors", &["[]"]),
+    ("mm_processor_kwargs", &["{}"]),
+];
+
+/// Fields that are accepted and do nothing here, by OpenAI's own meaning.
+const IGNORED: &[&str] =
+    &["user", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key", "verbosity"];
+
+/// Takes the fields of sampling. `prompt` and what only one route has are taken by the route before.
+pub(crate) fn take(fields: &mut Fields, defaults: &SamplingDefaults, limits: &Limits) -> Result<Sampling, ApiError> {
+    for (name, idle) in UNSUPPORTED {
+        fields.refuse(name, idle)?;
+    }
+    fields.ignore(IGNORED);
+    let n: u32 = fields.take("n")?.unwrap_or(1);
+    if n == 0 || n as usize > limits.max_n {
+        return Err(ApiError::invalid("n", format!("n is {n}, it must be 1 to {}", limits.max_n)));
+    }
+    let max_completion: Option<u32> = fields.take("max_completion_tokens")?;
+    let max_tokens: Option<u32> = fields.take("max_tokens")?;
+    let top_k: i64 = fields.take("top_k")?.or(defaults.top_k).unwrap_or(0);
+    let params = SamplingParams {
+        temperature: fields.take("temperature")?.or(defaults.temperature).unwrap_or(1.0),
+        top_p: fields.take("top_p")?.or(defaults.top_p).unwrap_or(1.0),
+        top_k: top_k_tokens(top_k)?,
+        min_p: fields.take("min_p")?.or(defaults.min_p).unwrap_or(0.0),
+        presence_penalty: fields.take("presence_penalty")?.unwrap_or(0.0),
+        frequency_penalty: fields.take("frequency_penalty")?.unwrap_or(0.0),
+        repetition_penalty: fields.take("repetition_penalty")?.or(defaults.repetition_penalty).unwrap_or(1.0),
+        logit_bias: logit_bias(fields)?,
+        min_tokens: fields.take("min_tokens")?.unwrap_or(0),
+        ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
+        stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
+        prompt_logprobs: fields.take("prompt_logprobs")?,
+        ..SamplingParams::default()
+    };
+    Ok(Sampling {
+        params,
+        max_tokens: max_completion.or(max_tokens),
+        seed: fields.take::<i64>("seed")?.map(|seed| seed as u64),
+        stops: stops(fields)?,
+        include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
+        skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
+        n,
+        truncate_prompt: truncation(fields)?,
+    })
+}
+
+impl Sampling {
+    /// Checks what can be checked before anything is tokenized.
+    pub fn check(&self, vocab_size: u32) -> Result<(), ApiError> {
+        let max_tokens = self.max_tokens.unwrap_or(u32::MAX);
+        let params = SamplingParams { max_tokens, ..self.params.clone() };
+        params.check(vocab_size).map_err(|error| {
+            let message = error.to_string();
+            let param = message.split(' ').next().unwrap_or_default().to_owned();
+            ApiError::invalid(&param, message)
+        })?;
+        slora_text::StopStrings::new(self.stops.clone(), false)
+            .map(drop)
+            .map_err(|error| crate::errors::text_error(&error))
+    }
+
+    /// The last tokens of a prompt that is to be cut.
+    pub fn truncate(&self, ids: &mut Vec<u32>, max_context: u32) {
+        let Some(keep) = self.truncate_prompt else { return };
+        let room = max_context.saturating_sub(self.max_tokens.unwrap_or(1)) as usize;
+        let keep = usize::try_from(keep).unwrap_or(room);
+        ids.drain(..ids.len().saturating_sub(keep));
+    }
+}
+
+fn top_k_tokens(top_k: i64) -> Result<u32, ApiError> {
+    match top_k {
+        -1 => Ok(0),
+        0.. => Ok(u32::try_from(top_k).unwrap_or(u32::MAX).min(i32::MAX as u32)),
+        _ => Err(ApiError::invalid("top_k", format!("top_k is {top_k}, it must be -1, 0 or a number of tokens"))),
+    }
+}
+
+/// -1: what the context holds; else so many of the last tokens.
+fn truncation(fields: &mut Fields) -> Result<Option<i64>, ApiError> {
+    let keep: Option<i64> = fields.take("truncate_prompt_tokens")?;
+    match keep {
+        Some(keep) if keep < -1 || keep == 0 => {
+            let message = format!("truncate_prompt_tokens is {keep}, it must be -1 or at least 1");
+            Err(ApiError::invalid("truncate_prompt_tokens", message))
+        }
+        keep => Ok(keep),
+    }
+}
+
+/// A map from token ids, as strings, to numbers.
+fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, ApiError> {
+    let Some(map) = fields.take::<HashMap<String, f32>>("logit_bias")? else { return Ok(Vec::new()) };
+    let mut bias = Vec::with_capacity(map.len());
+    for (token, value) in map {
+        let Ok(id) = token.parse::<u32>() else {
+            let message = format!("logit_bias: {:?} is not a token id", crate::fields::shown(&token));
+            return Err(ApiError::invalid("logit_bias", message));
+        };
+        if !(-100.0..=100.0).contains(&value) {
+            let message = format!("logit_bias is {value} for token {id}, it must be between -100 and 100");
+            return Err(ApiError::invalid("logit_bias", message));
+        }
+        bias.push((id, value));
+    }
+    bias.sort_unstable_by_key(|(id, _)| *id);
+    Ok(bias)
+}
+
+/// A string, or a list of them.
+fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+    let Some(raw) = fields.raw("stop") else { return Ok(Vec::new()) };
+    let parsed = if raw.get().starts_with('"') {
+        serde_json::from_str(raw.get()).map(|stop| vec![stop])
+    } else {
+        serde_json::from_str::<Vec<String>>(raw.get())
+    };
+    let stops: Vec<String> = parsed.map_err(|error| type_error("stop", &error))?;
+    // An empty string stops nothing: clients send it for "none".
+    Ok(stops.into_iter().filter(|stop| !stop.is_empty()).collect())
+}
+
+/// What a stream is asked to carry.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Streaming {
+    pub is_on: bool,
+    pub include_usage: bool,
+    pub continuous_usage: bool,
+}
+
+/// `stream` and `stream_options`.
+pub(crate) fn take_streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
+    let is_on = fields.take("stream")?.unwrap_or(false);
+    let Some(options) = fields.take::<Value>("stream_options")? else {
+        return Ok(Streaming { is_on, ..Streaming::default() });
+    };
+    if !is_on {
+        return Err(ApiError::invalid("stream_options", "stream_options is only allowed when stream is true"));
+    }
+    let Some(options) = options.as_object() else {
+        return Err(ApiError::invalid("stream_options", "stream_options must be an object"));
+    };
+    let flag = |name: &str| match options.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(flag)) => Ok(*flag),
+        Some(_) => Err(ApiError::invalid("stream_options", format!("stream_options.{name} must be true or false"))),
+    };
+    let continuous_usage = flag("continuous_usage_stats")?;
+    flag("include_obfuscation")?;
+    Ok(Streaming { is_on, include_usage: flag("include_usage")? || continuous_usage, continuous_usage })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(body: &str) -> Result<Sampling, ApiError> {
+        let mut fields = Fields::parse(body.as_bytes(), 64)?;
+        take(&mut fields, &SamplingDefaults::default(), &Limits::default())
+    }
+
+    #[test]
+    fn values_that_say_nothing_pass_and_others_are_refused_by_name() {
+        assert!(taken(r#"{"tools": [], "response_format": {"type": "text"}, "best_of": 1, "suffix": null}"#).is_ok());
+        let refused = [
+            r#"{"tools": [{}]}"#,
+            r#"{"best_of": 2}"#,
+            r#"{"response_format": {"type": "json_object"}}"#,
+            r#"{"guided_json": {}}"#,
+            r#"{"suffix": "x"}"#,
+            r#"{"priority": 1}"#,
+        ];
+        for body in refused {
+            let error = taken(body).unwrap_err();
+            assert_eq!(error.code, "unsupported_parameter", "{body}");
+            assert!(body.contains(error.param.as_deref().unwrap()), "{body}");
+        }
+    }
+
+    #[test]
+    fn limits_hold_at_their_edges() {
+        assert!(taken(r#"{"n": 128}"#).is_ok());
+        assert!(taken(r#"{"n": 129}"#).is_err());
+        assert!(taken(r#"{"n": 0}"#).is_err());
+        assert_eq!(taken(r#"{"top_k": -1}"#).unwrap().params.top_k, 0);
+        assert!(taken(r#"{"top_k": -2}"#).is_err());
+        let stops = |count: usize, len: usize| {
+            let stops = vec!["x".repeat(len); count];
+            let body = serde_json::json!({"stop": stops}).to_string();
+            taken(&body).and_then(|sampling| sampling.check(100)).is_ok()
+        };
+        assert_eq!([stops(16, 256), stops(17, 256), stops(16, 257)], [true, false, false]);
+        assert_eq!(taken(r#"{"stop": ""}"#).unwrap().stops.len(), 0);
+        assert!(taken(r#"{"logit_bias": {"1": 101}}"#).is_err());
+        assert!(taken(r#"{"logit_bias": {"x": 1}}"#).is_err());
+    }
+
+    #[test]
+    fn both_names_of_the_token_limit_work() {
+        assert_eq!(taken(r#"{"max_tokens": 5}"#).unwrap().max_tokens, Some(5));
+        assert_eq!(taken(r#"{"max_tokens": 5, "max_completion_tokens": 7}"#).unwrap().max_tokens, Some(7));
+        assert!(taken(r#"{"max_tokens": -1}"#).is_err());
+    }
+}
