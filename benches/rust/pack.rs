@@ -28,6 +28,7 @@ fn base(dtype: Dtype) -> BaseSpec {
         tp_size: 1,
         name: None,
         max_adapter_pages: 4096,
+        max_rank: u32::MAX,
     }
 }
 

@@ -1,12 +1,26 @@
 """The Rust side: engine, adapter files, text. Thin wrappers; `slora.llm` is what users call."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Self, final
+
+__all__ = [
+    "Base",
+    "Core",
+    "Delta",
+    "Mailbox",
+    "Output",
+    "Sampling",
+    "Text",
+    "__version__",
+    "check_adapter",
+    "set_exceptions",
+]
 
 __version__: str
 
 def set_exceptions(exceptions: Mapping[str, type[Exception]]) -> None:
-    """The classes that this module raises, by name: ConfigError, RequestError, UnknownAdapterError, AdapterError, LoadError, DeviceError."""
+    """The classes that this module raises, by name: ConfigError, RequestError, UnknownAdapterError, AdapterError,
+    LoadError, DeviceError."""
 
 def check_adapter(path: str, base: Base) -> str:
     """The tensor accounting of a checkpoint as JSON. Raises AdapterError."""
@@ -15,8 +29,8 @@ def check_adapter(path: str, base: Base) -> str:
 class Base:
     """The base model, as adapters see it."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         num_layers: int,
         hidden_size: int,
@@ -28,14 +42,15 @@ class Base:
         dtype: str,
         page_bytes: int,
         max_adapter_pages: int,
+        max_rank: int | None = None,
         name: str | None = None,
-    ) -> None: ...
+    ) -> Self: ...
 
 @final
 class Text:
     """Tokenizer and chat template of a model folder."""
 
-    def __init__(self, path: str) -> None:
+    def __new__(cls, path: str) -> Self:
         """Raises LoadError."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
@@ -62,10 +77,10 @@ class Text:
 class Sampling:
     """How tokens are chosen, and when a request ends."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
-        max_tokens: int | None = 16,
+        max_tokens: int | None = ...,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -79,12 +94,12 @@ class Sampling:
         ignore_eos: bool = False,
         stop: str | Sequence[str] | None = None,
         include_stop: bool = False,
-        stop_token_ids: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = ...,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         skip_special_tokens: bool = True,
-    ) -> None:
-        """Raises RequestError, naming value and limit. `max_tokens` None: as many as the context holds."""
+    ) -> Self:
+        """`max_tokens`: 16; None: as many as the context holds. Raises RequestError, naming value and limit."""
 
     def with_seed(self, offset: int) -> Sampling:
         """The same with `seed + offset`; without a seed, itself."""
@@ -93,7 +108,7 @@ class Sampling:
 class Mailbox:
     """The requests that have something new, for one reader of many."""
 
-    def __init__(self, with_pipe: bool = False) -> None: ...
+    def __new__(cls, with_pipe: bool = False) -> Self: ...
     def wait(self, timeout_s: float) -> list[int]:
         """Request ids, each once; empty after the timeout. At most 0.05 s pass before signals are looked at."""
 
@@ -122,7 +137,7 @@ class Delta:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length" or "cancelled"; None: not ended. """
+        """ "stop", "length" or "cancelled"; None: not ended."""
 
     @property
     def stop_reason(self) -> int | str | None:
@@ -139,16 +154,16 @@ class Output:
     @property
     def adapter(self) -> str | None: ...
     def take(self) -> Delta:
-        """What is new. Raises RequestError, UnknownAdapterError, AdapterError or DeviceError if the request ended by one."""
+        """What is new. Raises RequestError, UnknownAdapterError, AdapterError or DeviceError if that was its end."""
 
     def cancel(self) -> None: ...
 
 @final
 class Core:
-    """An engine: its step thread calls `schedule`, `commit`, `copies_done`, `wait`; every other call comes from anywhere."""
+    """An engine: its step thread calls `schedule`, `commit`, `copies_done`, `wait`; other calls come from anywhere."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         base: Base,
         text: Text | None,
         *,
@@ -167,7 +182,7 @@ class Core:
         max_copy_pages: int | None = None,
         num_loaders: int = 2,
         seed: int = 0,
-    ) -> None:
+    ) -> Self:
         """`slabs`: (address, bytes) of the host tier's memory, which `keep_alive` owns. Raises ConfigError."""
 
     @property
@@ -214,7 +229,8 @@ class Core:
     def unload(self, name: str) -> None: ...
     def pin(self, name: str, pinned: bool) -> None: ...
     def adapter(self, name: str) -> dict[str, Any] | None:
-        """name, version, state, reason, ranks (dict module -> list of ranks), bytes, num_pages, pins, unfinished, pinned, path."""
+        """name, version, state, reason, num_pages, bytes, pins, unfinished, pinned, replacing; while the checkpoint is
+        known also ranks (module -> smallest and largest) and path."""
 
     def adapters(self) -> list[dict[str, Any]]: ...
     def adapter_names(self) -> list[str]: ...

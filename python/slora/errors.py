@@ -1,5 +1,7 @@
 """The exceptions of slora: one small tree, so that a caller can catch as widely or as narrowly as it likes."""
 
+from slora import _core
+
 
 class SloraError(Exception):
     """Base of every error that slora raises on purpose."""
@@ -30,3 +32,11 @@ class LoadError(SloraError):
 
 class DeviceError(SloraError, RuntimeError):
     """The executor failed: out of memory, a lost device, an exception in a step. The engine has stopped."""
+
+
+_core.set_exceptions(
+    {
+        kind.__name__: kind
+        for kind in (ConfigError, RequestError, UnknownAdapterError, AdapterError, LoadError, DeviceError)
+    }
+)

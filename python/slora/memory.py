@@ -5,14 +5,19 @@ Rust's core owns the pages and says what lies in them; here they are bytes, and 
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from slora.models.config import ModelConfig
+from slora.models.config import DTYPE_BYTES, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_POOL_BYTES = 512 << 20
+DEFAULT_POOL_FRACTION = 0.9
+MAX_GRAPH_ROWS, LOGITS_ROWS = 512, 256
+"""Rows of the largest recorded step, and of logits at a time for prompts."""
+LIBRARY_BYTES = 256 << 20
 ROW_ALIGN_BYTES = 16
 """Rows of an adapter's image start on a multiple of this."""
 
@@ -105,6 +110,46 @@ class PagePool:
             )
 
 
+def device_pool_bytes(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    device: str,
+    page_tokens: int | None = None,
+    max_batch_tokens: int,
+    max_running: int,
+    fraction: float = DEFAULT_POOL_FRACTION,
+) -> int:
+    """How large a pool the CUDA device still has room for: `fraction` of what is free beside a step's workspace.
+
+    Call it when the weights are on the device. The workspace is allocated meanwhile, and torch keeps it for the steps.
+    Raises ConfigError if not even two pages fit.
+    """
+    from slora.errors import ConfigError
+
+    needed = workspace_bytes(config, dtype=dtype, max_batch_tokens=max_batch_tokens, max_running=max_running)
+    before, total = torch.cuda.mem_get_info(device)
+    page_bytes = config.page_bytes(page_tokens or config.default_page_tokens(dtype), dtype)
+    if before < needed + 2 * page_bytes / fraction:
+        raise ConfigError(
+            f"{before} of {total} bytes are free on {device}; a step of {max_batch_tokens} tokens needs {needed}, and "
+            f"2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens"
+        )
+    workspace = _allocate(needed, torch.device(device))
+    free = torch.cuda.mem_get_info(device)[0]
+    del workspace
+    return int(free * fraction) // page_bytes * page_bytes
+
+
+def workspace_bytes(config: ModelConfig, *, dtype: str, max_batch_tokens: int, max_running: int) -> int:
+    """What a step holds at most, generously: activations and deltas of a layer, logits, libraries' workspace."""
+    c = config
+    widths = 4 * c.hidden_size + 2 * (c.q_size + 2 * c.kv_size) + 2 * c.q_size + 5 * c.intermediate_size
+    activations = (max_batch_tokens + MAX_GRAPH_ROWS) * widths * DTYPE_BYTES[dtype]
+    logits = 2 * max(max_running, LOGITS_ROWS) * c.vocab_size * 16
+    return activations + logits + LIBRARY_BYTES
+
+
 class HostTier:
     """Host pages, the second pool: slabs that were allocated elsewhere, each of whole pages."""
 
@@ -121,6 +166,11 @@ class HostTier:
                 return slab[index]
             index -= len(slab)
         raise IndexError(f"host page beyond the {self.num_pages} of the tier")
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Of every page."""
+        return [slab.data_ptr() + i * self.page_bytes for slab in self.slabs for i in range(len(slab))]
 
     def _view(self, slab: tuple[int, int] | Tensor) -> Tensor:
         if not isinstance(slab, Tensor):

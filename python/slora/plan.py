@@ -58,6 +58,9 @@ _ARRAYS_BY_COUNT = {
     "num_changed": "changed_rows changed_pages_indptr+",
     "num_changed_pages": "changed_pages",
 }
+_HOST_ONLY = ("copy_host_pages", "copy_pages", "copy_layers")
+UPLOAD_GAP_WORDS = 16384
+"""Ranges of a plan that lie closer than this are uploaded in one copy: a copy costs as much as this many words."""
 # name -> (index of its count, entries beyond the count)
 _LENGTHS = {
     name.rstrip("+"): (Counts._fields.index(count), int(name.endswith("+")))
@@ -75,6 +78,7 @@ class StepPlan:
 
     def __init__(self, buffer: Tensor, layout: PlanLayout) -> None:
         assert buffer.dtype == torch.int32, "a plan lies in an int32 buffer"
+        self.buffer = buffer
         self.counts = Counts(*[0] * len(Counts._fields))
         self._tensors: dict[str, Tensor] = {}
         self._arrays: dict[str, np.ndarray] = {}
@@ -104,3 +108,57 @@ class StepPlan:
             return None
         count, extra = _LENGTHS[name]
         return self.counts[count] + extra
+
+
+class DevicePlan:
+    """A plan's mirror on the device, at a fixed address: what kernels read, also inside a captured graph.
+
+    `plan[name]` is the whole array, as long as its capacity; kernels find its length in `counts`.
+    """
+
+    def __init__(self, layout: PlanLayout, descriptor_words: int, device: torch.device) -> None:
+        self.layout, self.descriptor_words = layout, descriptor_words
+        self.capacity = {name: capacity for name, _, capacity, _ in layout}
+        num_words = max(offset + capacity for _, offset, capacity, _ in layout)
+        self._buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._arrays = {
+            name: view.view(torch.float32) if is_float else view
+            for name, offset, capacity, is_float in layout
+            for view in (self._buffer[offset : offset + capacity],)
+        }
+        self.counts = Counts(*[0] * len(Counts._fields))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._arrays[name]
+
+    def upload(self, plan: StepPlan) -> None:
+        """Copy what the plan uses of its pinned buffer, asynchronously on the current stream."""
+        self.counts = plan.counts
+        for start, end in self._used(plan.counts):
+            self._buffer[start:end].copy_(plan.buffer[start:end], non_blocking=True)
+
+    def clear(self) -> None:
+        """An empty plan: kernels that run on it write nothing to the pool."""
+        self._buffer.zero_()
+        self.counts = Counts(*[0] * len(Counts._fields))
+
+    def _used(self, counts: Counts) -> list[tuple[int, int]]:
+        ranges: list[tuple[int, int]] = []
+        for name, offset, capacity, _ in self.layout:
+            if name in _HOST_ONLY:
+                continue
+            length = capacity
+            if name in _LENGTHS:
+                count, extra = _LENGTHS[name]
+                if not counts[count]:
+                    continue
+                length = counts[count] + extra
+            elif name == "changed_modules":
+                if not counts.num_changed:
+                    continue
+                length = counts.num_changed * self.descriptor_words
+            if ranges and offset - ranges[-1][1] < UPLOAD_GAP_WORDS:
+                ranges[-1] = (ranges[-1][0], offset + length)
+            else:
+                ranges.append((offset, offset + length))
+        return ranges

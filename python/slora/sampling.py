@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slora.kernels import Backend
-from slora.kernels.reference import best
+from slora.kernels.reference import best, sample
 from slora.plan import HAS_PENALTIES, HAS_RANDOM, StepPlan
 
 
@@ -85,8 +84,8 @@ class PenaltyState:
 class Sampler:
     """Chooses one token per sampled row of a plan."""
 
-    def __init__(self, ops: Backend, max_running: int, vocab_size: int, device: torch.device) -> None:
-        self._ops, self._device = ops, device
+    def __init__(self, max_running: int, vocab_size: int, device: torch.device) -> None:
+        self._device = device
         self._penalties = PenaltyState(max_running, vocab_size, device)
 
     def reset(self, plan: StepPlan) -> None:
@@ -125,4 +124,4 @@ class Sampler:
         rows = torch.nonzero((plan["temperature"].to(self._device) > 0) & is_finite)[:, 0]
         if len(rows):
             names = ("temperature", "top_k", "top_p", "min_p", "uniform")
-            ids[rows] = self._ops.sample(logits[rows], *(plan[name].to(self._device)[rows] for name in names))
+            ids[rows] = sample(logits[rows], *(plan[name].to(self._device)[rows] for name in names))

@@ -13,7 +13,7 @@ import torch
 from slora.memory import DTYPES, HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.plan import HAS_LORA, HAS_PENALTIES, HAS_RANDOM, Counts, StepPlan
-from slora.runner import Runner, StepOutput
+from slora.runner import StepOutput, create_runner
 from slora.weights import Weights
 
 GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
@@ -140,25 +140,39 @@ class World:
         num_pages: int = 600,
         page_tokens: int = 16,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.config, self.rng = config, random.Random(seed)
         page_bytes = config.page_bytes(page_tokens, dtype)
-        self.pool = PagePool(config, dtype=dtype, pool_bytes=num_pages * page_bytes, page_tokens=page_tokens)
+        self.pool = PagePool(
+            config, dtype=dtype, device=device, pool_bytes=num_pages * page_bytes, page_tokens=page_tokens
+        )
         self.pool.pages.fill_(255)
         self.free = list(range(num_pages))
         self.rng.shuffle(self.free)
         self.images = {name: pack(config, m, page_bytes, dtype) for name, m in (adapters or {}).items()}
         pages = [image for image, _ in self.images.values()]
         self.host_pages = torch.cat(pages) if pages else torch.empty(0, page_bytes, dtype=torch.uint8)
+        is_cuda = device != "cpu"
+        if is_cuda:
+            self.host_pages = self.host_pages.pin_memory()
         half = len(self.host_pages) // 2
         host = HostTier([self.host_pages[:half], self.host_pages[half:]], page_bytes)
         self.rows: dict[str, int] = {}  # adapter -> descriptor row
         self.adapter_pages: dict[str, list[int]] = {}
-        self.runner = Runner(
-            config, weights, self.pool, host=host, max_running=64, max_adapters=32, max_adapter_pages=512
-        )
         self.layout = make_layout(config)
-        self.buffer = torch.zeros(sum(capacity for _, _, capacity, _ in self.layout), dtype=torch.int32)
+        self.runner = create_runner(
+            config,
+            weights,
+            self.pool,
+            layout=self.layout,
+            host=host,
+            max_running=64,
+            max_adapters=32,
+            max_adapter_pages=512,
+        )
+        size = sum(capacity for _, _, capacity, _ in self.layout)
+        self.buffer = torch.zeros(size, dtype=torch.int32, pin_memory=is_cuda)
         self.plan = StepPlan(self.buffer, self.layout)
         self.step_number = 0
         self.sampled_before: list[Request] = []
@@ -173,9 +187,13 @@ class World:
 
     def evict(self, name: str) -> None:
         """Forget the adapter's row; its pages go to others, scribbled over."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize()  # what runs may still read them
         self.free += self.adapter_pages[name]
         self.pool.pages[self.adapter_pages.pop(name)] = 255
         del self.rows[name]
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize()  # a copy may be ordered into them next
 
     def write(self, arrays: dict[str, list[float]], scalars: dict[str, int]) -> None:
         self.buffer.fill_(-7)
@@ -230,6 +248,8 @@ class World:
         lens = np.diff(arrays["query_indptr"])
         scalars |= {
             "step": self.step_number,
+            "copies_wait_step": self.step_number - 1 if scalars["num_copies"] else 0,
+            "copies_needed_step": self.step_number if scalars["num_copies"] else 0,
             "num_rows": len(arrays["token_ids"]),
             "num_decode": int((lens == 1).sum()),
             "num_requests": len(requests),

@@ -1,1 +1,363 @@
+//! Requests through the runtime's threads, with an executor that samples from a script.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use slora_core::{EngineConfig, SamplingParams, SubmitError};
+use slora_runtime::{
+    Delta, End, HostMemory, Mailbox, Output, RegisterError, RequestError, Runtime, RuntimeConfig, State, Stepper,
+    Submission,
+};
+use slora_store::{BaseSpec, Dtype};
+use slora_text::TextModel;
+
+const PAGE_BYTES: usize = 32 << 10;
+const NUM_HOST_PAGES: usize = 64;
+
+fn example(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny").join(path)
+}
+
+/// The example's base; its page size does not matter to an executor that computes nothing.
+fn base() -> BaseSpec {
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(example("base/config.json")).unwrap()).unwrap();
+    let number = |key: &str| config[key].as_u64().unwrap() as u32;
+    BaseSpec {
+        num_layers: number("num_hidden_layers"),
+        hidden: number("hidden_size"),
+        intermediate: number("intermediate_size"),
+        num_heads: number("num_attention_heads"),
+        num_kv_heads: number("num_key_value_heads"),
+        head_dim: number("head_dim"),
+        vocab_size: number("vocab_size"),
+        dtype: Dtype::F32,
+        page_bytes: PAGE_BYTES as u64,
+        tp_rank: 0,
+        tp_size: 1,
+        name: None,
+        max_adapter_pages: 64,
+        max_rank: u32::MAX,
+    }
+}
+
+/// A runtime whose step thread samples `script[position − 1]` (the last entry for ever after), step by step.
+struct World {
+    runtime: Arc<Runtime>,
+    text: Arc<TextModel>,
+    mailbox: Arc<Mailbox>,
+    steps: Option<JoinHandle<()>>,
+    _memory: Vec<u64>,
+}
+
+impl World {
+    fn new(script: &str) -> Self {
+        Self::with(script, EngineConfig::default(), Duration::ZERO)
+    }
+
+    fn with(script: &str, engine: EngineConfig, step_time: Duration) -> Self {
+        let text = Arc::new(TextModel::from_dir(&example("base")).unwrap());
+        let script = text.encode(script, false).unwrap();
+        let mut memory = vec![0u64; PAGE_BYTES / 8 * NUM_HOST_PAGES];
+        let slab = (NonNull::new(memory.as_mut_ptr().cast::<u8>()).unwrap(), PAGE_BYTES * NUM_HOST_PAGES);
+        // SAFETY: the memory is the world's, which joins every thread before it goes.
+        let host = unsafe { HostMemory::new(&[slab], PAGE_BYTES) };
+        let base = base();
+        let engine = EngineConfig {
+            vocab_size: base.vocab_size,
+            descriptor_words: base.num_layers * 84,
+            max_context: 256,
+            eos_token_ids: text.stop_token_ids().to_vec(),
+            ..engine
+        };
+        let config = RuntimeConfig { engine, base, num_loaders: 2, seed: 0 };
+        let (runtime, stepper) = Runtime::new(config, host, Some(text.clone())).unwrap();
+        let runtime = Arc::new(runtime);
+        let steps = std::thread::spawn({
+            let runtime = runtime.clone();
+            move || run_steps(&runtime, stepper, &script, step_time)
+        });
+        Self { runtime, text, mailbox: Arc::default(), steps: Some(steps), _memory: memory }
+    }
+
+    fn submission(&self, prompt: &str, max_tokens: u32) -> Submission {
+        Submission {
+            prompt: self.text.encode(prompt, false).unwrap(),
+            adapter: None,
+            params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            max_tokens: Some(max_tokens),
+            seed: None,
+            stops: Vec::new(),
+            include_stop: false,
+            skip_special_tokens: true,
+            wake: self.mailbox.clone(),
+            wakes_on_token: false,
+        }
+    }
+
+    /// Everything that the request brings.
+    fn finish(&self, output: &Output) -> Delta {
+        let (mut all, deadline) = (Delta::default(), Instant::now() + Duration::from_secs(20));
+        while all.end.is_none() {
+            assert!(Instant::now() < deadline, "request {} does not end", output.id().0);
+            self.mailbox.wait(Duration::from_millis(20));
+            let delta = output.take();
+            all.pieces.extend(delta.pieces);
+            all.tail.push_str(&delta.tail);
+            all.end = delta.end;
+        }
+        all
+    }
+
+    fn run(&self, submission: Submission) -> Delta {
+        self.finish(&self.runtime.submit(submission).unwrap())
+    }
+
+    fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !is_so(&self.runtime.snapshot().engine) {
+            assert!(Instant::now() < deadline, "never so: {what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.runtime.begin_close();
+        if let Some(steps) = self.steps.take() {
+            let _ = steps.join();
+        }
+        self.runtime.close(None);
+    }
+}
+
+fn run_steps(runtime: &Runtime, mut stepper: Stepper, script: &[u32], step_time: Duration) {
+    let layout = stepper.engine().layout().clone();
+    let array = |name: &str| layout.arrays().iter().find(|array| array.name == name).unwrap().offset;
+    let (positions, sample_rows) = (array("positions"), array("sample_rows"));
+    let mut buffer = vec![0; layout.num_words()];
+    while runtime.is_open() {
+        let Some(counts) = stepper.schedule(&mut buffer) else {
+            runtime.wait(Duration::from_millis(50));
+            continue;
+        };
+        std::thread::sleep(step_time);
+        let token = |i: usize| {
+            let position = buffer[positions + buffer[sample_rows + i] as usize] as usize;
+            script[position.min(script.len() - 1)] as i32
+        };
+        let ids: Vec<i32> = (0..counts.num_sampled as usize).map(token).collect();
+        stepper.commit(counts.step, &ids, Default::default());
+        stepper.copies_done(counts.step);
+    }
+}
+
+fn text(delta: &Delta) -> String {
+    delta.pieces.iter().map(|piece| piece.text.as_str()).chain([delta.tail.as_str()]).collect()
+}
+
+#[test]
+fn a_request_brings_its_tokens_as_text() {
+    let world = World::new("hello world");
+    let delta = world.run(world.submission("a", 11));
+    assert_eq!((text(&delta).as_str(), delta.pieces.len()), ("hello world", 11));
+    assert!(matches!(delta.end, Some(End::Length)));
+}
+
+#[test]
+fn a_stop_string_ends_the_request_across_tokens_and_nothing_runs_on() {
+    let world = World::new("abcdefghijklmnopqrstuvwxyz");
+    let stops = vec!["cde".to_owned(), "zz".to_owned()];
+    let delta = world.run(Submission { stops: stops.clone(), ..world.submission("a", 200) });
+    assert_eq!((text(&delta).as_str(), delta.pieces.len()), ("ab", 5));
+    assert!(matches!(delta.end, Some(End::StopString(0))));
+    let delta = world.run(Submission { stops, include_stop: true, ..world.submission("a", 200) });
+    assert_eq!(text(&delta), "abcde");
+    world.wait_until("the engine has nothing left", |stats| stats.running + stats.waiting == 0 && stats.kv_pages == 0);
+    let generated = world.runtime.snapshot().engine.generated_tokens;
+    assert!(generated <= 2 * (5 + 4), "{generated} tokens for two texts of 5, at most 4 ahead each");
+}
+
+#[test]
+fn text_that_may_begin_a_stop_string_is_held_back_until_the_end() {
+    let world = World::new("abcdefgh");
+    let stops = vec!["efgX".to_owned()];
+    let delta = world.run(Submission { stops, ..world.submission("a", 6) });
+    assert_eq!(text(&delta), "abcdef");
+    assert!(delta.pieces[5].text.is_empty(), "the last piece was held back");
+}
+
+#[test]
+fn a_stop_token_is_a_token_but_no_text() {
+    let world = World::new("abcdef");
+    let stop = world.text.encode("c", false).unwrap();
+    let mut submission = world.submission("a", 20);
+    submission.params.stop_token_ids = stop.clone();
+    let delta = world.run(submission);
+    assert_eq!((text(&delta).as_str(), delta.pieces.len()), ("ab", 3));
+    assert!(matches!(delta.end, Some(End::StopToken(token)) if token == stop[0]));
+}
+
+#[test]
+fn what_the_engine_refuses_comes_as_the_end() {
+    let world = World::new("abc");
+    let refusal = |submission: Submission| match world.run(submission).end {
+        Some(End::Error(RequestError::Submit(error))) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refusal(Submission { prompt: Vec::new(), ..world.submission("a", 1) }), SubmitError::EmptyPrompt);
+    assert!(matches!(refusal(world.submission("a", 4000)), SubmitError::TooLong { max_context: 256, .. }));
+    let token = Submission { prompt: vec![99_999], ..world.submission("a", 1) };
+    assert!(matches!(refusal(token), SubmitError::Token { token: 99_999, .. }));
+    let unknown = Submission { adapter: Some("nobody".into()), ..world.submission("a", 1) };
+    assert_eq!(refusal(unknown), SubmitError::UnknownAdapter("nobody".into()));
+}
+
+#[test]
+fn dropping_the_output_cancels_the_request() {
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let output = world.runtime.submit(world.submission("a", 200)).unwrap();
+    world.wait_until("it runs", |stats| stats.running == 1);
+    drop(output);
+    world.wait_until("its pages are free", |stats| stats.running == 0 && stats.kv_pages == 0);
+    assert_eq!(world.runtime.snapshot().engine.ended, 1);
+}
+
+#[test]
+fn a_failed_step_ends_every_request_with_its_reason() {
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let outputs: Vec<Output> = (0..8).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
+    world.wait_until("they run", |stats| stats.running == 8);
+    world.runtime.fail("out of memory");
+    for output in &outputs {
+        let end = world.finish(output).end;
+        assert!(matches!(&end, Some(End::Error(RequestError::EngineFailed(reason))) if &**reason == "out of memory"));
+    }
+    assert_eq!(world.runtime.state(), State::Failed("out of memory".into()));
+    let refused = world.runtime.submit(world.submission("a", 1)).err();
+    assert!(matches!(refused, Some(RequestError::EngineFailed(_))));
+    assert!(matches!(world.runtime.adapters(), Err(RequestError::EngineFailed(_))));
+}
+
+#[test]
+fn closing_ends_running_and_waiting_requests() {
+    let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
+    let mut world = World::with("abc", engine, Duration::from_millis(2));
+    let outputs: Vec<Output> = (0..6).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
+    world.wait_until("two run", |stats| (stats.running, stats.waiting) == (2, 4));
+    world.runtime.begin_close();
+    world.steps.take().unwrap().join().unwrap();
+    world.runtime.close(None);
+    for output in &outputs {
+        assert!(matches!(world.finish(output).end, Some(End::Error(RequestError::Closed))));
+    }
+    assert!(matches!(world.runtime.submit(world.submission("a", 1)), Err(RequestError::Closed)));
+}
+
+#[test]
+fn more_requests_than_may_wait_are_refused() {
+    let engine = EngineConfig { max_running: 1, max_waiting: 3, ..EngineConfig::default() };
+    let world = World::with("abc", engine, Duration::from_millis(2));
+    let outputs: Vec<_> = (0..20).map(|_| world.runtime.submit(world.submission("a", 50))).collect();
+    let is_full =
+        |error: &RequestError| matches!(error, RequestError::Submit(SubmitError::QueueFull { max_waiting: 3 }));
+    let mut num_refused = 0;
+    for output in &outputs {
+        match output {
+            Err(error) => num_refused += usize::from(is_full(error)),
+            Ok(output) => match world.finish(output).end {
+                Some(End::Error(error)) if is_full(&error) => num_refused += 1,
+                Some(End::Length) => {}
+                other => panic!("{other:?}"),
+            },
+        }
+    }
+    assert!((10..20).contains(&num_refused), "{num_refused} of 20 were refused");
+}
+
+#[test]
+fn an_adapter_is_loaded_when_a_request_wants_it() {
+    let world = World::new("abc");
+    let registered = world.runtime.register("reverse", &example("adapters/reverse"), false, false).unwrap();
+    assert_eq!(registered.info.state, slora_core::AdapterState::Registered);
+    let delta = world.run(Submission { adapter: Some("reverse".into()), ..world.submission("a", 3) });
+    assert!(matches!(delta.end, Some(End::Length)), "{:?}", delta.end);
+    let details = world.runtime.adapter("reverse").unwrap().unwrap();
+    assert_eq!(details.info.state, slora_core::AdapterState::Resident);
+    assert_eq!(details.checkpoint.unwrap().report().max_rank, 8);
+    world.runtime.unload("reverse").unwrap();
+    assert!(world.runtime.adapter("reverse").unwrap().is_none());
+    world.wait_until("both tiers are free", |stats| {
+        stats.adapter_pages == 0 && stats.free_host_pages == stats.num_host_pages && stats.adapters == 0
+    });
+}
+
+#[test]
+fn an_adapter_whose_file_changed_fails_its_requests_with_the_reason() {
+    let world = World::new("abc");
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(example("adapters/reverse").join(file), folder.path().join(file)).unwrap();
+    }
+    world.runtime.register("changed", folder.path(), false, false).unwrap();
+    let weights = folder.path().join("adapter_model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let delta = world.run(Submission { adapter: Some("changed".into()), ..world.submission("a", 3) });
+    match delta.end {
+        Some(End::Error(RequestError::AdapterFailed { name, reason })) => {
+            assert_eq!(&*name, "changed");
+            assert!(reason.contains("adapter_model.safetensors"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let other = world.run(world.submission("a", 3));
+    assert!(matches!(other.end, Some(End::Length)), "the base goes on");
+}
+
+#[test]
+fn names_and_checkpoints_are_checked() {
+    let world = World::new("abc");
+    let register = |name: &str, path: &Path| world.runtime.register(name, path, false, false);
+    let path = example("adapters/reverse");
+    for name in ["", "a/b", "a b", "ü", &"x".repeat(129)] {
+        assert!(matches!(register(name, &path), Err(RegisterError::Name(_))), "{name:?}");
+    }
+    assert!(matches!(register("x", &example("base")), Err(RegisterError::Checkpoint(_))));
+    register(&"x".repeat(128), &path).unwrap();
+    assert!(matches!(register(&"x".repeat(128), &path), Err(RegisterError::Engine(_))));
+    assert!(matches!(world.runtime.unload("nobody"), Err(RegisterError::Engine(_))));
+}
+
+#[test]
+fn of_many_requests_with_random_cancels_each_ends_once_and_nothing_is_left() {
+    let engine = EngineConfig { num_pages: 48, max_running: 6, max_batch_tokens: 20, ..EngineConfig::default() };
+    let world = World::with("abcdefghijklmnop", engine, Duration::ZERO);
+    for name in ["reverse", "upper", "spell"] {
+        world.runtime.register(name, &example("adapters").join(name), false, false).unwrap();
+    }
+    let names = [None, Some("reverse"), Some("upper"), Some("spell")];
+    let outputs: Vec<Output> = (0..300)
+        .map(|i| {
+            let adapter = names[i % 4].map(Into::into);
+            let stops = if i % 5 == 0 { vec!["defg".to_owned()] } else { Vec::new() };
+            let submission = Submission { adapter, stops, ..world.submission("some prompt", 1 + i as u32 % 30) };
+            world.runtime.submit(submission).unwrap()
+        })
+        .collect();
+    for (i, output) in outputs.iter().enumerate() {
+        if i % 7 == 0 {
+            output.cancel();
+        }
+        let delta = world.finish(output);
+        assert!(!matches!(delta.end, Some(End::Error(_))), "{:?}", delta.end);
+    }
+    world.wait_until("nothing is left", |stats| stats.kv_pages == 0 && stats.running + stats.waiting == 0);
+    let stats = world.runtime.snapshot().engine;
+    assert_eq!((stats.submitted, stats.ended), (300, 300));
+}

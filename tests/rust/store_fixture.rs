@@ -29,6 +29,7 @@ pub fn tiny_base() -> BaseSpec {
         tp_size: 1,
         name: Some("tiny/base".into()),
         max_adapter_pages: 4096,
+        max_rank: u32::MAX,
     }
 }
 

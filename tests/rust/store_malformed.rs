@@ -295,6 +295,7 @@ fn bases_and_pools_that_cannot_take_the_adapter() {
     let table: Vec<(BaseSpec, &str, &[&str])> = vec![
         (BaseSpec { page_bytes: 64, ..tiny_base() }, "row_too_long", &["q_proj", "96", "64", "hint"]),
         (BaseSpec { max_adapter_pages: 2, ..tiny_base() }, "too_many_pages", &["3", "2", "hint"]),
+        (BaseSpec { max_rank: 1, ..tiny_base() }, "rank_too_large", &["q_proj", "layer 0", "8", "1", "hint"]),
         (BaseSpec { page_bytes: 100, ..tiny_base() }, "bad_base", &["100", "16"]),
         (BaseSpec { page_bytes: 0, ..tiny_base() }, "bad_base", &["page_bytes 0"]),
         (BaseSpec { num_layers: 0, ..tiny_base() }, "bad_base", &["num_layers 0"]),

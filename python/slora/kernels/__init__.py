@@ -8,37 +8,28 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from slora.kernels import reference
-from slora.kernels.adapters import AdapterTables
-from slora.memory import HostTier, PagePool
-from slora.plan import StepPlan
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741 (the paper's letter)
-"""The groups of a layer's LoRA modules: one `lora` call each."""
+"""The groups of a layer's LoRA modules: one `project` call each."""
 
 
 class Backend(Protocol):
-    """What a backend provides. `batch` is what its `prepare` made of the plan, once for all layers of a step.
+    """What a backend provides to the model. `batch` is what its runner made of the plan, once for all layers of a step.
 
     A *delta* is the LoRA part of a linear's output: it is made from the linear's input, and the consumer of the output
     adds it. None: no row has one.
     """
 
-    def copy_pages(self, pool: PagePool, host: HostTier | None, plan: StepPlan) -> None:
-        """Swap in: host pages to pool pages."""
-
-    def update_descriptors(self, tables: AdapterTables, plan: StepPlan) -> None:
-        """Take over the descriptor rows that change with this step."""
-
-    def prepare(
-        self, plan: StepPlan, pool: PagePool, tables: AdapterTables, frequencies: Tensor, scaling: float
-    ) -> Any:
-        """Metadata of the step; frequencies [head_dim / 2] and scaling are RoPE's."""
-
     def pack_linear(self, weight: Tensor) -> Tensor:
-        """A linear weight [out, in] in the layout that `linear` likes best; may be the weight itself."""
+        """A linear weight [out, in] in the layout that `project` likes best; may be the weight itself."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [rows, in] -> [rows, out]."""
+    def project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Any, layer: int, group: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A linear and its delta: x [rows, in] -> both [rows, out], the group's modules side by side."""
+
+    def head(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Logits in fp32: x [rows, hidden] -> [rows, vocab]."""
 
     def rms_norm(
         self, x: Tensor, residual: Tensor | None, delta: Tensor | None, weight: Tensor, eps: float
@@ -56,19 +47,16 @@ class Backend(Protocol):
     def silu_mul(self, gate_up: Tensor, delta: Tensor | None) -> Tensor:
         """silu(gate) * up of gate_up + delta: [rows, intermediate]. May write into gate_up."""
 
-    def lora(self, x: Tensor, batch: Any, layer: int, group: int) -> Tensor | None:
-        """delta [rows, out of the group's modules side by side] for x [rows, in]."""
-
-    def sample(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
-    ) -> Tensor:
-        """One token per row of logits [rows, vocab], by `uniform` [rows] in [0, 1): int64 [rows]."""
-
 
 def backend(device: str) -> Backend:
     """The backend for a torch device."""
     from slora.errors import ConfigError
 
-    if device.split(":")[0] == "cpu":
-        return cast(Backend, reference)
-    raise ConfigError(f"device = {device!r} is not supported; hint: cpu")
+    match device.split(":")[0]:
+        case "cpu":
+            return cast(Backend, reference)
+        case "cuda":
+            from slora.kernels import cuda
+
+            return cast(Backend, cuda)
+    raise ConfigError(f"device = {device!r} is not supported; hint: cpu or cuda")

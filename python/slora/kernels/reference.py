@@ -53,6 +53,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, layer: int, group: int
+) -> tuple[Tensor, Tensor | None]:
+    """x [rows, in] -> (linear, delta), both [rows, out]."""
+    return linear(x, weight, bias), lora(x, batch, layer, group)
+
+
+def head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, hidden], weight as for `linear` [vocab, hidden] -> fp32 [rows, vocab]."""
+    return linear(x, weight).float()
+
+
 def rms_norm(
     x: Tensor, residual: Tensor | None, delta: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -210,6 +222,8 @@ def best(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices of the k largest of each row, descending, equal ones by index (topk leaves that open)."""
     if k >= x.shape[1]:
         return _sorted(x)
+    if x.is_cuda:
+        return _best_by_key(x, k)
     top = x.topk(k + 1)
     indices = top.indices[:, :k].sort(-1).values
     values, order = _sorted(x.gather(1, indices))
@@ -219,6 +233,15 @@ def best(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         all_values, all_indices = _sorted(x[is_torn])
         values[is_torn], indices[is_torn] = all_values[:, :k], all_indices[:, :k]
     return values, indices
+
+
+def _best_by_key(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same without waiting for the device: value and id in one number, of which no two are equal. x is fp32."""
+    bits = x.view(torch.int32)
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    ids = torch.arange(x.shape[1], device=x.device)
+    indices = 0xFFFFFFFF - (((order << 32) | (0xFFFFFFFF - ids)).topk(k).values & 0xFFFFFFFF)
+    return x.gather(1, indices), indices
 
 
 def _sorted(x: Tensor) -> tuple[Tensor, Tensor]:

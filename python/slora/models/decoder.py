@@ -23,28 +23,23 @@ class Decoder:
         if weights.lm_head is not weights.embed:
             weights.lm_head = ops.pack_linear(weights.lm_head)
 
-    def forward(self, token_ids: Tensor, batch: object) -> tuple[Tensor, Tensor | None]:
-        """token_ids [rows] -> the last residual [rows, hidden] and its delta, to be normed by `logits`."""
+    def forward(self, token_ids: Tensor, batch: object) -> Tensor:
+        """token_ids [rows] -> the normed hidden state [rows, hidden], ready for `logits`."""
         ops, eps = self.ops, self.config.rms_norm_eps
         x = F.embedding(token_ids, self.weights.embed)
         residual: Tensor | None = None
         delta: Tensor | None = None
         for i, w in enumerate(self.weights.layers):
             h, residual = ops.rms_norm(x, residual, delta, w.input_norm, eps)
-            delta = ops.lora(h, batch, i, QKV)
-            q = ops.rope_kv(ops.linear(h, w.qkv, w.qkv_bias), delta, batch, i, w.qk_norm, eps)
+            q = ops.rope_kv(*ops.project(h, w.qkv, w.qkv_bias, batch, i, QKV), batch, i, w.qk_norm, eps)
             h = ops.paged_attention(q, batch, i)
-            delta = ops.lora(h, batch, i, O)
-            h, residual = ops.rms_norm(ops.linear(h, w.o), residual, delta, w.post_norm, eps)
-            delta = ops.lora(h, batch, i, GATE_UP)
-            h = ops.silu_mul(ops.linear(h, w.gate_up), delta)
-            delta = ops.lora(h, batch, i, DOWN)
-            x = ops.linear(h, w.down)
-        return (x if residual is None else x.add_(residual)), delta
+            x, delta = ops.project(h, w.o, None, batch, i, O)
+            h, residual = ops.rms_norm(x, residual, delta, w.post_norm, eps)
+            h = ops.silu_mul(*ops.project(h, w.gate_up, None, batch, i, GATE_UP))
+            x, delta = ops.project(h, w.down, None, batch, i, DOWN)
+        h, _ = ops.rms_norm(x, residual, delta, self.weights.norm, eps)
+        return h
 
-    def logits(self, hidden: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """fp32 [len(rows), vocab] of what `forward` returned."""
-        x, delta = hidden
-        delta = None if delta is None else delta.index_select(0, rows)
-        h, _ = self.ops.rms_norm(x.index_select(0, rows), None, delta, self.weights.norm, self.config.rms_norm_eps)
-        return self.ops.linear(h, self.weights.lm_head).float()
+        return self.ops.head(hidden.index_select(0, rows), self.weights.lm_head)

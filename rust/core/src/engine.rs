@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, Load};
+use crate::adapter::{AdapterId, Load};
 use crate::event::{EndEvent, EndReason, Events};
 use crate::lru::Lru;
 use crate::pages::{Owner, PagePool};
 use crate::plan::PlanLayout;
 use crate::queue::Queue;
-use crate::registry::{DeviceImage, HostImage, Name, Registry};
+use crate::registry::Registry;
 use crate::request::{NewRequest, Phase, Request, RequestId, SubmitError};
 use crate::stats::Stats;
 use crate::{ConfigError, EngineConfig};
@@ -46,8 +46,10 @@ pub struct Engine {
     pub(crate) host_lru: Lru,
     /// Adapters that a waiting request wants loaded, by the earliest such request.
     pub(crate) load_order: BTreeMap<u64, u32>,
-    /// Adapters to load although nobody waits: replacements and pinned ones.
-    pub(crate) wanted: BTreeSet<u32>,
+    /// Adapters to load although nobody waits, by the order of the wishes: replacements and pinned ones.
+    pub(crate) wanted: BTreeMap<u64, u32>,
+    /// Pinned adapters in the host tier that should be on the device.
+    pub(crate) absent_pins: BTreeSet<u32>,
     /// Adapters that the operator keeps on the device.
     pub(crate) pinned: BTreeSet<u32>,
     /// Owner of each descriptor row.
@@ -56,7 +58,7 @@ pub struct Engine {
     pub(crate) requests: Vec<Option<Request>>,
     vacant_requests: Vec<u32>,
     by_id: HashMap<RequestId, u32>,
-    next_seq: u64,
+    pub(crate) next_seq: u64,
     pub(crate) queue: Queue,
     /// In order of admission: the first is the oldest, the last gives way first.
     pub(crate) running: Vec<u32>,
@@ -93,7 +95,8 @@ impl Engine {
             idle_pages: 0,
             host_lru: Lru::new(),
             load_order: BTreeMap::new(),
-            wanted: BTreeSet::new(),
+            wanted: BTreeMap::new(),
+            absent_pins: BTreeSet::new(),
             pinned: BTreeSet::new(),
             descriptor_rows: vec![None; config.max_adapters as usize],
             free_descriptor_rows: (0..config.max_adapters).rev().collect(),
@@ -139,47 +142,10 @@ impl Engine {
         let NewRequest { id, adapter, prompt, params } = new;
         self.check_request(id, &prompt, &params)?;
         let adapter = adapter.map(|name| self.find_runnable(&name)).transpose()?;
-        let prompt_len = prompt.len() as u32;
-        let max_len = prompt_len + params.max_tokens;
-        let kv_pages = self.pages_for(max_len);
-        let adapter_pages = adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
-        if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(self.config.num_pages) {
-            return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages: self.config.num_pages });
-        }
-        if self.queue.len() >= self.config.max_waiting as usize {
-            return Err(SubmitError::QueueFull { max_waiting: self.config.max_waiting });
-        }
-        let seq = self.next_seq;
+        let request = Request::new(id, self.next_seq, adapter, prompt, params);
+        self.check_room(&request)?;
         self.next_seq += 1;
-        let request = Request {
-            id,
-            seq,
-            phase: Phase::Waiting,
-            adapter,
-            tokens: prompt,
-            prompt_len,
-            max_len,
-            has_penalties: params.has_penalties(),
-            params,
-            computed: 0,
-            pending: 0,
-            planned: 0,
-            pages: Vec::new(),
-            state_row: 0,
-            prompt_logprobs_done: 0,
-            checked: 0,
-            pending_row: 0,
-        };
-        let place = match self.vacant_requests.pop() {
-            Some(place) => {
-                self.requests[place as usize] = Some(request);
-                place
-            }
-            None => {
-                self.requests.push(Some(request));
-                self.requests.len() as u32 - 1
-            }
-        };
+        let place = self.place(request);
         self.by_id.insert(id, place);
         if let Some(index) = adapter {
             let adapter = self.registry.get_mut(index);
@@ -189,6 +155,33 @@ impl Engine {
         self.enqueue(place);
         self.stats.submitted += 1;
         Ok(())
+    }
+
+    /// Whether the request could run alone in an empty pool, and may wait for its turn.
+    fn check_room(&self, request: &Request) -> Result<(), SubmitError> {
+        let (kv_pages, num_pages) = (self.pages_for(request.max_len), self.config.num_pages);
+        let adapter_pages = request.adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
+        if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(num_pages) {
+            return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages });
+        }
+        let max_waiting = self.config.max_waiting;
+        if self.queue.len() >= max_waiting as usize {
+            return Err(SubmitError::QueueFull { max_waiting });
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, request: Request) -> u32 {
+        match self.vacant_requests.pop() {
+            Some(place) => {
+                self.requests[place as usize] = Some(request);
+                place
+            }
+            None => {
+                self.requests.push(Some(request));
+                self.requests.len() as u32 - 1
+            }
+        }
     }
 
     fn check_request(&self, id: RequestId, prompt: &[u32], params: &crate::SamplingParams) -> Result<(), SubmitError> {
@@ -233,195 +226,15 @@ impl Engine {
         }
     }
 
-    /// Moves what happened since the last call into `into`, which is emptied first.
+    /// Moves what happened since the last call into `into`, which is emptied first. Due after every [`commit`](Self::commit),
+    /// since events name rows of the step that was committed last.
     pub fn take_events(&mut self, into: &mut Events) {
         into.clear();
         std::mem::swap(&mut self.events, into);
     }
 
-    /// Makes an adapter known. With `replace`, a taken name gets a new version: it is loaded first, then becomes what the name
-    /// means; unfinished requests stay with the version of their submit.
-    pub fn register(&mut self, name: Arc<str>, spec: AdapterSpec, replace: bool) -> Result<AdapterId, AdapterError> {
-        let limit = self.config.max_adapter_pages;
-        if spec.num_pages > limit || spec.num_pages == 0 {
-            return Err(AdapterError::TooLarge { num_pages: spec.num_pages, limit });
-        }
-        let (words, page_layers) = (spec.words.len(), spec.page_layers.len());
-        if words != self.config.descriptor_words as usize || page_layers != spec.num_pages as usize {
-            let (expected, num_pages) = (self.config.descriptor_words, spec.num_pages);
-            return Err(AdapterError::Descriptor { words, page_layers, expected, num_pages });
-        }
-        let Some(entry) = self.registry.names.get(&name) else {
-            let index = self.registry.insert(name.clone(), 1, spec);
-            let entry = Name { current: index, next: None, versions: 1, replace_failure: None };
-            self.registry.names.insert(name, entry);
-            return Ok(self.registry.id(index));
-        };
-        if !replace {
-            return Err(AdapterError::Exists(name));
-        }
-        let (current, pending, version) = (entry.current, entry.next, entry.versions + 1);
-        let index = self.registry.insert(name.clone(), version, spec);
-        if let Some(entry) = self.registry.names.get_mut(&name) {
-            entry.versions = version;
-            entry.next = Some(index);
-            entry.replace_failure = None;
-        }
-        if let Some(pending) = pending {
-            self.retire(pending);
-        }
-        let old = self.registry.get(current);
-        let was_never_used = old.unfinished == 0 && matches!(old.host, HostImage::None) && !old.is_resident();
-        if old.failure.is_some() || was_never_used {
-            self.switch_version(&name);
-        } else {
-            self.wanted.insert(index);
-        }
-        Ok(self.registry.id(index))
-    }
-
-    /// The next version becomes what the name means.
-    pub(crate) fn switch_version(&mut self, name: &str) {
-        let Some(entry) = self.registry.names.get_mut(name) else { return };
-        let Some(next) = entry.next.take() else { return };
-        let old = std::mem::replace(&mut entry.current, next);
-        if self.pinned.contains(&old) {
-            self.set_pinned(next, true);
-        }
-        self.retire(old);
-    }
-
-    /// Forgets a name. Unfinished requests finish on their version; then both tiers are freed.
-    pub fn unload(&mut self, name: &str) -> Result<(), AdapterError> {
-        let entry = self.registry.names.remove(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
-        self.retire(entry.current);
-        if let Some(next) = entry.next {
-            self.retire(next);
-        }
-        Ok(())
-    }
-
-    /// Keeps the adapter on the device, bringing it there first; it gives way only where a request could not run otherwise.
-    pub fn pin(&mut self, name: &str) -> Result<(), AdapterError> {
-        let entry = self.registry.names.get(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
-        self.set_pinned(entry.current, true);
-        Ok(())
-    }
-
-    /// Undoes [`pin`](Self::pin).
-    pub fn unpin(&mut self, name: &str) -> Result<(), AdapterError> {
-        let entry = self.registry.names.get(name).ok_or_else(|| AdapterError::Unknown(name.into()))?;
-        self.set_pinned(entry.current, false);
-        Ok(())
-    }
-
-    fn set_pinned(&mut self, index: u32, is_pinned: bool) {
-        self.leave_idle(index);
-        self.registry.get_mut(index).is_pinned = is_pinned;
-        self.enter_idle(index);
-        if is_pinned {
-            self.pinned.insert(index);
-            self.wanted.insert(index);
-        } else {
-            self.pinned.remove(&index);
-        }
-    }
-
-    /// What the name means now.
-    pub fn adapter_info(&self, name: &str) -> Option<AdapterInfo> {
-        self.registry.info(name)
-    }
-
-    /// All names, in no order.
-    pub fn adapters(&self) -> impl Iterator<Item = AdapterInfo> + '_ {
-        self.registry.names.keys().filter_map(|name| self.registry.info(name))
-    }
-
-    /// The next adapter to read from disk.
-    pub fn next_load(&mut self) -> Option<Load> {
-        self.loads.pop_front()
-    }
-
-    /// The next load to give up; it must still be answered.
-    pub fn next_cancelled_load(&mut self) -> Option<AdapterId> {
-        self.cancelled_loads.pop_front()
-    }
-
-    /// The next version that is gone for ever: its files are no longer needed.
-    pub fn next_dropped(&mut self) -> Option<AdapterId> {
-        self.dropped.pop_front()
-    }
-
-    /// The adapter's image is in its host pages.
-    pub fn load_finished(&mut self, id: AdapterId) {
-        let Some(index) = self.registry.find(id) else { return };
-        let adapter = self.registry.get_mut(index);
-        let HostImage::Loading(pages) = std::mem::take(&mut adapter.host) else {
-            unreachable!("a load that finishes was ordered")
-        };
-        adapter.host = HostImage::Ready(pages);
-        let name = adapter.name.clone();
-        self.num_loading -= 1;
-        self.stats.loads += 1;
-        self.host_lru.touch(index);
-        if self.registry.names.get(&name).is_some_and(|entry| entry.next == Some(index)) {
-            self.switch_version(&name);
-        }
-        self.refresh(index);
-        self.drop_if_done(index);
-    }
-
-    /// The adapter cannot be loaded, or its load was given up: its requests end, with this reason.
-    pub fn load_failed(&mut self, id: AdapterId, reason: Arc<str>) {
-        let Some(index) = self.registry.find(id) else { return };
-        let step = self.step;
-        let adapter = self.registry.get_mut(index);
-        let HostImage::Loading(pages) = std::mem::take(&mut adapter.host) else {
-            unreachable!("a load that fails was ordered")
-        };
-        pages.iter().for_each(|page| self.host_pages.free(*page, step));
-        self.num_loading -= 1;
-        let was_cancelled = std::mem::take(&mut adapter.is_load_cancelled);
-        if !was_cancelled {
-            self.stats.load_failures += 1;
-        }
-        adapter.failure = Some(reason.clone());
-        let name = adapter.name.clone();
-        let waiting: Vec<u32> = adapter.waiting.values().copied().collect();
-        for place in waiting {
-            self.finish(place, EndReason::AdapterFailed(reason.clone()));
-        }
-        if let Some(entry) = self.registry.names.get_mut(&name).filter(|entry| entry.next == Some(index)) {
-            entry.next = None;
-            entry.replace_failure = Some(reason);
-            self.retire(index);
-        } else if self.registry.find(id).is_some() {
-            self.refresh(index);
-            self.drop_if_done(index);
-        }
-    }
-
-    /// The copies of all steps up to this one have arrived.
-    pub fn copies_done(&mut self, step: u32) {
-        while let Some((_, index)) = self.copying.front().copied().filter(|(copy_step, _)| *copy_step <= step) {
-            self.copying.pop_front();
-            let adapter = self.registry.get_mut(index);
-            let DeviceImage::Copying { pages, is_outside, .. } = std::mem::take(&mut adapter.device) else {
-                unreachable!("a copy that arrives was ordered")
-            };
-            if is_outside {
-                self.outside_pages -= pages.len() as u32;
-            }
-            adapter.device = DeviceImage::Ready(pages);
-            self.enter_idle(index);
-            self.refresh(index);
-            self.drop_if_done(index);
-        }
-    }
-
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
-        let ready_or_not = self.queue.len() as u32;
         Stats {
             num_pages: self.pages.num_pages(),
             free_pages: self.pages.num_free(),
@@ -431,8 +244,8 @@ impl Engine {
             num_host_pages: self.host_pages.num_pages(),
             free_host_pages: self.host_pages.num_free(),
             running: self.running.len() as u32,
-            waiting: ready_or_not,
-            waiting_for_adapter: ready_or_not - self.queue.num_ready() as u32,
+            waiting: self.queue.len() as u32,
+            waiting_for_adapter: (self.queue.len() - self.queue.num_ready()) as u32,
             adapters: self.registry.len() as u32,
             resident_adapters: self.num_resident,
             host_adapters: self.host_lru.len() as u32,

@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 mod adapter;
+mod adapters;
+mod admit;
 mod check;
 mod commit;
 mod config;

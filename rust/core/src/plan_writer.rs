@@ -158,7 +158,7 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
         plan.uniform[i] = if is_random { uniform(params.seed, position).to_bits() as i32 } else { 0 };
         self.counts.flags |=
             u32::from(is_random) * Counts::HAS_RANDOM + u32::from(request.has_penalties) * Counts::HAS_PENALTIES;
-        let must_go_on = position - request.prompt_len < params.min_tokens;
+        let must_go_on = request.num_generated() < params.min_tokens;
         if must_go_on || !params.logit_bias.is_empty() {
             self.bias(request, must_go_on);
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::config::Eviction;
 use crate::engine::Engine;
-use crate::registry::{DeviceImage, HostImage};
+use crate::registry::{Adapter, DeviceImage, HostImage};
 
 /// The cost-aware policy chooses among this many of the least recently used.
 const CANDIDATES: usize = 16;
@@ -26,9 +26,10 @@ impl Engine {
     /// Makes at least `needed` pages free by evicting idle adapters, if that is possible at all.
     ///
     /// The order of giving way: idle adapters here; then the caller admits nobody; then it preempts the youngest request.
-    pub(crate) fn reclaim(&mut self, now_us: u64, needed: u32, mercy: Mercy) -> bool {
+    /// The adapter `keep` does not give way.
+    pub(crate) fn reclaim(&mut self, now_us: u64, needed: u32, mercy: Mercy, keep: Option<u32>) -> bool {
         while self.pages.num_free() < needed {
-            match self.choose_victim(now_us, mercy) {
+            match self.choose_victim(now_us, mercy, keep) {
                 Some(index) => self.evict(index),
                 None => return false,
             }
@@ -36,15 +37,14 @@ impl Engine {
         true
     }
 
-    fn choose_victim(&self, now_us: u64, mercy: Mercy) -> Option<u32> {
-        let is_spare = |index: &u32| mercy != Mercy::Spare || self.registry.get(*index).unfinished == 0;
-        // A retired version without a host image could not be loaded again if its files have changed.
-        let is_replaceable = |index: &u32| {
-            let adapter = self.registry.get(*index);
-            !(adapter.is_retired && adapter.unfinished > 0 && matches!(adapter.host, HostImage::None))
-        };
-        let mut candidates =
-            self.idle.iter().take(4 * CANDIDATES).filter(is_spare).take(CANDIDATES).filter(is_replaceable);
+    fn choose_victim(&self, now_us: u64, mercy: Mercy, keep: Option<u32>) -> Option<u32> {
+        let is_spare = |adapter: &Adapter| mercy != Mercy::Spare || adapter.unfinished == 0;
+        let idle = || self.idle.iter().filter(|index| Some(*index) != keep);
+        let mut candidates = idle()
+            .take(4 * CANDIDATES)
+            .filter(|index| is_spare(self.registry.get(*index)))
+            .take(CANDIDATES)
+            .filter(|index| self.registry.get(*index).can_come_back());
         let chosen = match self.config.eviction {
             Eviction::Lru => candidates.next(),
             Eviction::CostAware => candidates
@@ -52,13 +52,19 @@ impl Engine {
                 .reduce(|a, b| if b.1 < a.1 { b } else { a })
                 .map(|(index, _)| index),
         };
-        chosen.or_else(|| (mercy != Mercy::Spare).then(|| self.idle.iter().next()).flatten()).or_else(|| {
-            let can_go = |index: &&u32| {
-                let adapter = self.registry.get(**index);
-                adapter.pins == 0 && matches!(adapter.device, DeviceImage::Ready(_))
-            };
-            (mercy == Mercy::None).then(|| self.pinned.iter().find(can_go).copied()).flatten()
-        })
+        match mercy {
+            Mercy::Spare => chosen,
+            Mercy::Idle => chosen.or_else(|| idle().next()),
+            Mercy::None => chosen.or_else(|| idle().next()).or_else(|| self.pinned_victim(keep)),
+        }
+    }
+
+    fn pinned_victim(&self, keep: Option<u32>) -> Option<u32> {
+        let can_go = |index: &u32| {
+            let adapter = self.registry.get(*index);
+            Some(*index) != keep && adapter.pins == 0 && matches!(adapter.device, DeviceImage::Ready(_))
+        };
+        self.pinned.iter().copied().find(can_go)
     }
 
     /// What a page of the adapter is worth: cost to bring it back × recent use. (Cost ÷ bytes is the cost of a page.)
@@ -75,13 +81,10 @@ impl Engine {
         self.leave_idle(index);
         self.free_device_image(index);
         self.stats.adapter_evictions += 1;
-        if self.registry.get(index).is_pinned {
-            self.wanted.insert(index);
-        }
         self.refresh(index);
     }
 
-    fn free_device_image(&mut self, index: u32) {
+    pub(crate) fn free_device_image(&mut self, index: u32) {
         let step = self.step;
         let adapter = self.registry.get_mut(index);
         let DeviceImage::Ready(pages) = std::mem::take(&mut adapter.device) else { return };
@@ -110,7 +113,7 @@ impl Engine {
         }
     }
 
-    /// Host pages for an image that the request at `seq` waits for. Images that earlier requests wait for stay.
+    /// Host pages for an image that is wanted since `seq`. Images that are wanted longer and not yet on the device stay.
     pub(crate) fn allocate_host(&mut self, num_pages: u32, seq: u64) -> Option<Arc<[u32]>> {
         while self.host_pages.num_free() < num_pages {
             let index = self.choose_host_victim(seq)?;
@@ -135,75 +138,15 @@ impl Engine {
         let adapter = self.registry.get(index);
         let is_source = matches!(adapter.device, DeviceImage::Copying { .. });
         let is_last_copy = adapter.is_retired && adapter.unfinished > 0;
-        let is_wanted = !adapter.is_resident() && adapter.waiting.keys().next().is_some_and(|first| *first <= seq);
+        let is_wanted = !adapter.is_resident() && adapter.wanted_since().is_some_and(|since| since <= seq);
         !is_source && !is_last_copy && !is_wanted
     }
 
-    fn free_host_image(&mut self, index: u32) {
+    pub(crate) fn free_host_image(&mut self, index: u32) {
         let step = self.step;
         if let HostImage::Ready(pages) = std::mem::take(&mut self.registry.get_mut(index).host) {
             pages.iter().for_each(|page| self.host_pages.free(*page, step));
             self.host_lru.remove(index);
         }
-    }
-
-    /// Brings the queue in line with where the adapter's weights are now.
-    pub(crate) fn refresh(&mut self, index: u32) {
-        let adapter = self.registry.get_mut(index);
-        let can_run = adapter.can_run();
-        if adapter.is_ready != can_run {
-            adapter.is_ready = can_run;
-            adapter.waiting.iter().for_each(|(seq, place)| self.queue.set_ready(*seq, *place, can_run));
-        }
-        let load_key = if adapter.wants_load() { adapter.waiting.keys().next().copied() } else { None };
-        if load_key != adapter.load_key {
-            if let Some(old) = adapter.load_key {
-                self.load_order.remove(&old);
-            }
-            if let Some(new) = load_key {
-                self.load_order.insert(new, index);
-            }
-            adapter.load_key = load_key;
-        }
-    }
-
-    /// The version is no longer what its name means.
-    pub(crate) fn retire(&mut self, index: u32) {
-        self.wanted.remove(&index);
-        self.pinned.remove(&index);
-        let adapter = self.registry.get_mut(index);
-        adapter.is_retired = true;
-        adapter.is_pinned = false;
-        self.enter_idle(index);
-        self.drop_if_done(index);
-    }
-
-    /// Frees both tiers of a retired version after its last request. What is in flight is waited for.
-    pub(crate) fn drop_if_done(&mut self, index: u32) {
-        let id = self.registry.id(index);
-        let adapter = self.registry.get_mut(index);
-        if !adapter.is_retired || adapter.unfinished > 0 || matches!(adapter.device, DeviceImage::Copying { .. }) {
-            return;
-        }
-        if let HostImage::Loading(pages) = &adapter.host {
-            if let Some(at) = self.loads.iter().position(|load| load.adapter == id) {
-                // Nobody has started it.
-                let step = self.step;
-                pages.iter().for_each(|page| self.host_pages.free(*page, step));
-                adapter.host = HostImage::None;
-                self.loads.remove(at);
-                self.num_loading -= 1;
-            } else {
-                if !std::mem::replace(&mut adapter.is_load_cancelled, true) {
-                    self.cancelled_loads.push_back(id);
-                }
-                return;
-            }
-        }
-        self.leave_idle(index);
-        self.free_device_image(index);
-        self.free_host_image(index);
-        self.registry.remove(index);
-        self.dropped.push_back(id);
     }
 }

@@ -58,6 +58,10 @@ pub(crate) struct Adapter {
     pub is_ready: bool,
     /// Its entry in the order of loads.
     pub load_key: Option<u64>,
+    /// Its entry in the operator's wishes.
+    pub wish_key: Option<u64>,
+    /// It will be what its name means once it is loaded.
+    pub is_next: bool,
     /// The operator keeps it on the device.
     pub is_pinned: bool,
     /// No longer what its name means; goes away with its last request.
@@ -93,12 +97,34 @@ impl Adapter {
         self.pins == 0 && !self.is_pinned && matches!(self.device, DeviceImage::Ready(_))
     }
 
-    /// Whether a request waits for its load, and nothing was ordered yet.
-    pub fn wants_load(&self) -> bool {
-        matches!(self.host, HostImage::None)
-            && !self.is_resident()
-            && self.failure.is_none()
-            && !self.waiting.is_empty()
+    /// Whether it could be loaded, and nothing was ordered yet.
+    fn can_load(&self) -> bool {
+        matches!(self.host, HostImage::None) && !self.is_resident() && self.failure.is_none()
+    }
+
+    /// The first request that waits for a load that was not ordered yet.
+    pub fn wants_load(&self) -> Option<u64> {
+        self.waiting.keys().next().copied().filter(|_| self.can_load())
+    }
+
+    /// Whether the operator waits for a load that was not ordered yet.
+    pub fn is_wished(&self) -> bool {
+        (self.is_pinned || self.is_next) && self.can_load()
+    }
+
+    /// Whether it should be brought to the device for the operator.
+    pub fn is_absent_pin(&self) -> bool {
+        self.is_pinned && !self.is_resident() && matches!(self.host, HostImage::Ready(_))
+    }
+
+    /// Since which request it is wanted; the operator's wish counts as younger than all of them.
+    pub fn wanted_since(&self) -> Option<u64> {
+        self.waiting.keys().next().copied().or(self.is_pinned.then_some(u64::MAX))
+    }
+
+    /// A retired version without a host image could not be loaded again if its files have changed.
+    pub fn can_come_back(&self) -> bool {
+        !self.is_retired || self.unfinished == 0 || matches!(self.host, HostImage::Ready(_))
     }
 
     pub fn state(&self) -> AdapterState {
@@ -185,6 +211,8 @@ impl Registry {
             waiting: BTreeMap::new(),
             is_ready: false,
             load_key: None,
+            wish_key: None,
+            is_next: false,
             is_pinned: false,
             is_retired: false,
             is_load_cancelled: false,

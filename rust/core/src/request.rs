@@ -131,13 +131,38 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// A request that has only arrived.
+    pub fn new(id: RequestId, seq: u64, adapter: Option<u32>, prompt: Vec<u32>, params: Arc<SamplingParams>) -> Self {
+        let prompt_len = prompt.len() as u32;
+        Self {
+            id,
+            seq,
+            phase: Phase::Waiting,
+            adapter,
+            tokens: prompt,
+            prompt_len,
+            max_len: prompt_len + params.max_tokens,
+            has_penalties: params.has_penalties(),
+            params,
+            computed: 0,
+            pending: 0,
+            planned: 0,
+            pages: Vec::new(),
+            state_row: 0,
+            prompt_logprobs_done: 0,
+            checked: 0,
+            pending_row: 0,
+        }
+    }
+
     /// Tokens known or on their way.
     pub fn known_len(&self) -> u32 {
         self.tokens.len() as u32 + self.pending
     }
 
+    /// Generated tokens, known or on their way.
     pub fn num_generated(&self) -> u32 {
-        self.tokens.len() as u32 - self.prompt_len
+        self.known_len() - self.prompt_len
     }
 
     /// Rows that could be computed now.
@@ -150,8 +175,6 @@ impl Request {
 
     /// Whether the next row must wait until the text so far was checked for stop strings.
     pub fn waits_for_check(&self) -> bool {
-        self.params.has_stop_strings
-            && self.known_len() > self.prompt_len
-            && self.known_len() - self.prompt_len >= self.checked + SamplingParams::MAX_UNCHECKED
+        self.params.has_stop_strings && self.num_generated() >= self.checked + SamplingParams::MAX_UNCHECKED
     }
 }

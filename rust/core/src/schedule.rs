@@ -1,16 +1,14 @@
 //! One step's plan: keep the running set going, admit, prefetch, order loads, write.
 
 use crate::adapter::Load;
+use crate::admit::CopyRoom;
 use crate::engine::Engine;
 use crate::pages::Owner;
 use crate::plan::{Counts, PlanArrays};
 use crate::reclaim::Mercy;
-use crate::registry::{DeviceImage, HostImage};
-use crate::request::Phase;
+use crate::registry::HostImage;
 
-/// Ready requests that one step looks at behind one that must wait for a copy.
-const ADMISSION_WINDOW: usize = 64;
-/// Ready requests whose adapters are prefetched.
+/// Requests, and pinned adapters, that one step prefetches for.
 const PREFETCH_WINDOW: usize = 32;
 
 /// What a plan collects before it is written.
@@ -19,6 +17,8 @@ pub(crate) struct Scratch {
     /// (first layer that needs it, host page, device page).
     pub copies: Vec<(u16, u32, u32)>,
     pub copies_wait_step: u32,
+    /// A request waits for room among the copies: nobody behind it takes it.
+    pub is_copy_room_taken: bool,
     /// Adapters with a new descriptor row.
     pub changed: Vec<u32>,
     /// Requests whose penalty counts start.
@@ -31,31 +31,11 @@ impl Scratch {
     fn clear(&mut self) {
         self.copies.clear();
         self.copies_wait_step = 0;
+        self.is_copy_room_taken = false;
         self.changed.clear();
         self.resets.clear();
         self.num_reset_tokens = 0;
     }
-}
-
-/// How the queue's next request fared.
-enum Admission {
-    /// It runs, with this many rows in this step.
-    Admitted(u32),
-    /// It waits for a copy or a token in flight, and blocks nobody.
-    Skip,
-    /// Nobody is admitted before it.
-    Stop,
-}
-
-/// When a copy may be ordered.
-#[derive(PartialEq, Eq)]
-enum CopyRoom {
-    /// Now, and the step may use it.
-    InStep,
-    /// Now, but only later steps may use it.
-    Outside,
-    /// Not now.
-    None,
 }
 
 impl Engine {
@@ -68,10 +48,8 @@ impl Engine {
         assert!(buffer.len() >= self.layout.num_words(), "a plan fits its buffer");
         self.scratch.clear();
         let (budget, has_preempted) = self.plan_running(now_us);
-        if !has_preempted {
-            self.admit(now_us, budget);
-        }
-        self.prefetch(now_us);
+        let is_short = has_preempted || self.admit(now_us, budget);
+        self.prefetch(now_us, is_short);
         self.order_loads();
         let has_rows = self.running.iter().any(|place| self.request(*place).planned > 0);
         if !has_rows && self.scratch.copies.is_empty() {
@@ -123,7 +101,7 @@ impl Engine {
                 return true;
             }
             let mercy = if self.running.len() == 1 { Mercy::None } else { Mercy::Idle };
-            if self.pages.num_free() > 0 || self.reclaim(now_us, 1, mercy) {
+            if self.pages.num_free() > 0 || self.reclaim(now_us, 1, mercy, None) {
                 if let (Some(page), Some(request)) =
                     (self.pages.allocate(Owner::Kv), &mut self.requests[place as usize])
                 {
@@ -150,240 +128,54 @@ impl Engine {
         self.stats.preemptions += 1;
     }
 
-    fn admit(&mut self, now_us: u64, mut budget: u32) {
-        let (mut after, mut num_skipped) = (None, 0);
-        while budget > 0 && num_skipped < ADMISSION_WINDOW && self.running.len() < self.config.max_running as usize {
-            let Some((seq, place)) = self.queue.next_ready(after) else { return };
-            match self.try_admit(now_us, place, budget) {
-                Admission::Admitted(rows) => budget -= rows,
-                Admission::Skip => (after, num_skipped) = (Some(seq), num_skipped + 1),
-                Admission::Stop => return,
-            }
-        }
-    }
-
-    fn try_admit(&mut self, now_us: u64, place: u32, budget: u32) -> Admission {
-        let request = self.request(place);
-        let (len, adapter, has_penalties) = (request.tokens.len() as u32, request.adapter, request.has_penalties);
-        if request.pending > 0 {
-            return Admission::Skip;
-        }
-        if has_penalties && self.scratch.num_reset_tokens + len > self.layout.max_reset_tokens {
-            return Admission::Stop;
-        }
-        let kv_pages = self.pages_for(len);
-        // Every running request may need a page soon: without these spare pages it would be preempted at once.
-        let spare_pages = self.running.len() as u32;
-        let (mut image_pages, mut own_idle_pages) = (0, 0);
-        let mut room = CopyRoom::InStep;
-        if let Some(index) = adapter {
-            if !self.has_descriptor_row(index) {
-                return Admission::Stop;
-            }
-            let adapter = self.registry.get(index);
-            let num_pages = adapter.spec.num_pages;
-            if adapter.is_resident() {
-                own_idle_pages = if self.idle.contains(index) { num_pages } else { 0 };
-            } else {
-                image_pages = num_pages;
-                room = self.copy_room(num_pages);
-                if room == CopyRoom::None {
-                    return Admission::Skip;
-                }
-            }
-        }
-        let needed = kv_pages + image_pages + spare_pages;
-        let is_alone = self.running.is_empty();
-        if !is_alone && self.pages.num_free() + self.idle_pages - own_idle_pages < needed {
-            return Admission::Stop;
-        }
-        // From here on its adapter may not give way to it.
-        let mercy = if is_alone { Mercy::None } else { Mercy::Idle };
-        if let Some(index) = adapter {
-            self.leave_idle(index);
-            self.registry.get_mut(index).pins += 1;
-        }
-        let has_pages = self.reclaim(now_us, kv_pages + image_pages, mercy);
-        if let Some(index) = adapter {
-            self.registry.get_mut(index).pins -= 1;
-            self.enter_idle(index);
-        }
-        if !has_pages {
-            return Admission::Stop;
-        }
-        if let Some(index) = adapter {
-            if image_pages > 0 {
-                self.start_copy(index, room == CopyRoom::Outside);
-            }
-            if room == CopyRoom::Outside {
-                return Admission::Skip;
-            }
-            self.pin_for_run(index);
-        }
-        self.start_running(place, kv_pages);
-        let request = self.request_mut(place);
-        request.planned = request.remaining().min(budget);
-        Admission::Admitted(request.planned)
-    }
-
-    /// Moves a request from the queue to the running set; the pages are free.
-    fn start_running(&mut self, place: u32, kv_pages: u32) {
-        self.dequeue(place);
-        let state_row = self.free_state_rows.pop().unwrap_or_default();
-        let key = self.order_key(place);
-        let at = self.order.partition_point(|other| self.order_key(*other) <= key);
-        self.order.insert(at, place);
-        self.running.push(place);
-        let Some(request) = self.requests[place as usize].as_mut() else { return };
-        request.phase = Phase::Running;
-        request.state_row = state_row;
-        let has_pages = self.pages.allocate_many(Owner::Kv, kv_pages, &mut request.pages);
-        assert!(has_pages, "pages were made free before the request is admitted");
-        if request.has_penalties {
-            self.scratch.resets.push(place);
-            self.scratch.num_reset_tokens += request.tokens.len() as u32;
-        }
-    }
-
-    /// Requests of the base come first, then by descriptor row.
-    fn order_key(&self, place: u32) -> u32 {
-        let row = self.request(place).adapter.and_then(|index| self.registry.get(index).descriptor_row);
-        row.map_or(0, |row| row + 1)
-    }
-
-    /// Whether the adapter has a descriptor row or could get one in this step.
-    fn has_descriptor_row(&self, index: u32) -> bool {
-        if self.registry.get(index).descriptor_row.is_some() {
-            return true;
-        }
-        let can_change = self.scratch.changed.len() < self.layout.max_changed as usize;
-        can_change && (!self.free_descriptor_rows.is_empty() || self.idle_descriptor_row().is_some())
-    }
-
-    /// The row of the adapter that no running request uses and whose last use is the longest ago.
-    fn idle_descriptor_row(&self) -> Option<u32> {
-        let is_unused = |row: &u32| match self.descriptor_rows[*row as usize] {
-            Some(index) => self.registry.get(index).pins == 0,
-            None => false,
-        };
-        self.idle
-            .iter()
-            .take(ADMISSION_WINDOW)
-            .find_map(|index| self.registry.get(index).descriptor_row)
-            .or_else(|| (0..self.config.max_adapters).find(is_unused))
-    }
-
-    /// One more running request uses the adapter, which is on the device or on its way.
-    fn pin_for_run(&mut self, index: u32) {
-        self.leave_idle(index);
-        self.registry.get_mut(index).pins += 1;
-        if self.registry.get(index).descriptor_row.is_some() {
-            return;
-        }
-        let row = self.free_descriptor_rows.pop().or_else(|| {
-            let row = self.idle_descriptor_row()?;
-            let owner = self.descriptor_rows[row as usize].take()?;
-            self.registry.get_mut(owner).descriptor_row = None;
-            Some(row)
-        });
-        let Some(row) = row else { unreachable!("a descriptor row was found before the request is admitted") };
-        self.descriptor_rows[row as usize] = Some(index);
-        self.registry.get_mut(index).descriptor_row = Some(row);
-        self.scratch.changed.push(index);
-    }
-
-    fn copy_room(&self, num_pages: u32) -> CopyRoom {
-        let limit = self.config.max_copy_pages;
-        let ordered = self.scratch.copies.len() as u32;
-        let has_place = ordered + num_pages <= self.layout.max_copies;
-        if has_place && self.outside_pages == 0 && (ordered + num_pages <= limit) {
-            CopyRoom::InStep
-        } else if has_place && (self.outside_pages == 0 || self.outside_pages + num_pages <= limit) {
-            CopyRoom::Outside
-        } else {
-            CopyRoom::None
-        }
-    }
-
-    /// Orders the copy of an adapter from the host tier; its device pages are free.
-    fn start_copy(&mut self, index: u32, is_outside: bool) {
-        let step = self.step + 1;
-        let num_pages = self.registry.get(index).spec.num_pages;
-        let mut pages = Vec::with_capacity(num_pages as usize);
-        let has_pages = self.pages.allocate_many(Owner::Adapter, num_pages, &mut pages);
-        assert!(has_pages, "pages were made free before the copy is ordered");
-        let adapter = self.registry.get_mut(index);
-        let HostImage::Ready(host_pages) = &adapter.host else { unreachable!("a copy starts from the host tier") };
-        for ((&page, &host_page), &layer) in pages.iter().zip(host_pages.iter()).zip(adapter.spec.page_layers.iter()) {
-            self.scratch.copies.push((layer, host_page, page));
-            self.scratch.copies_wait_step = self.scratch.copies_wait_step.max(self.pages.freed_step(page));
-        }
-        adapter.device = DeviceImage::Copying { pages: pages.into(), step, is_outside };
-        self.copying.push_back((step, index));
-        self.outside_pages += if is_outside { num_pages } else { 0 };
-        self.num_resident += 1;
-        self.stats.swap_ins += 1;
-        self.stats.swap_in_pages += u64::from(num_pages);
-        self.host_lru.touch(index);
-        self.wanted.remove(&index);
-        self.refresh(index);
-    }
-
-    /// Spends spare pages on adapters that will be used: pinned ones, and those of requests that come next.
-    fn prefetch(&mut self, now_us: u64) {
+    /// Spends spare pages on adapters that will be used: pinned ones, and those of requests that come next. If pages are short,
+    /// none is spare, and only the adapter of the request that comes next is brought nearer.
+    fn prefetch(&mut self, now_us: u64, is_short: bool) {
         let mut candidates = std::mem::take(&mut self.scratch.prefetch);
         candidates.clear();
-        candidates
-            .extend(self.wanted.iter().take(PREFETCH_WINDOW).filter(|index| self.registry.get(**index).is_pinned));
+        if !is_short {
+            candidates.extend(self.absent_pins.iter().take(PREFETCH_WINDOW));
+        }
         if self.config.prefetch {
-            candidates
-                .extend(self.queue.ready().take(PREFETCH_WINDOW).filter_map(|(_, place)| self.request(place).adapter));
+            let window = if is_short { 1 } else { PREFETCH_WINDOW };
+            candidates.extend(self.queue.ready().take(window).filter_map(|(_, place)| self.request(place).adapter));
         }
         for &index in &candidates {
-            let adapter = self.registry.get(index);
-            if adapter.is_resident() || !matches!(adapter.host, HostImage::Ready(_)) {
-                self.wanted.remove(&index).then(|| self.rewant(index));
-                continue;
-            }
-            let num_pages = adapter.spec.num_pages;
-            if self.copy_room(num_pages) != CopyRoom::InStep {
+            if !self.registry.get(index).is_resident() && !self.prefetch_one(now_us, index) {
                 break;
             }
-            if !self.reclaim(now_us, num_pages + self.running.len() as u32, Mercy::Spare) {
-                break;
-            }
-            self.start_copy(index, false);
-            self.stats.prefetches += 1;
         }
         self.scratch.prefetch = candidates;
     }
 
-    /// A pinned adapter stays wanted until it is on the device.
-    fn rewant(&mut self, index: u32) {
-        if !self.registry.get(index).is_resident() {
-            self.wanted.insert(index);
+    fn prefetch_one(&mut self, now_us: u64, index: u32) -> bool {
+        let adapter = self.registry.get(index);
+        let num_pages = adapter.spec.num_pages;
+        // Copies outside a step keep it from having its own: only the operator's wish is worth that.
+        let room = self.copy_room(num_pages);
+        let has_room = room == CopyRoom::InStep || (room == CopyRoom::Outside && adapter.is_pinned);
+        if !has_room || !self.reclaim(now_us, num_pages + self.running.len() as u32, Mercy::Spare, None) {
+            return false;
         }
+        self.start_copy(index, room == CopyRoom::Outside);
+        self.stats.prefetches += 1;
+        true
     }
 
-    /// Orders loads from disk: for the requests that have waited longest, then for replacements and pinned adapters.
+    /// Orders loads from disk, in the order in which requests arrived and the operator's wishes were made.
     fn order_loads(&mut self) {
+        let mut has_room_for_wishes = true;
         while self.num_loading < self.config.max_loads {
-            let Some((&seq, &index)) = self.load_order.first_key_value() else { break };
-            if !self.order_load(index, seq) {
-                return;
-            }
-        }
-        let mut at = 0;
-        while self.num_loading < self.config.max_loads {
-            let Some(&index) = self.wanted.range(at..).next() else { return };
-            at = index + 1;
-            let adapter = self.registry.get(index);
-            let is_absent = matches!(adapter.host, HostImage::None) && !adapter.is_resident();
-            if is_absent && adapter.failure.is_none() && !self.order_load(index, u64::MAX) {
-                return;
-            }
-            if !self.registry.get(index).is_pinned || self.registry.get(index).failure.is_some() {
-                self.wanted.remove(&index);
+            let request = self.load_order.first_key_value().map(|(seq, index)| (*seq, *index));
+            let wish = self.wanted.first_key_value().map(|(seq, index)| (*seq, *index));
+            match (request, wish.filter(|_| has_room_for_wishes)) {
+                (Some((seq, index)), wish) if wish.is_none_or(|wish| seq < wish.0) => {
+                    if !self.order_load(index, seq) {
+                        return;
+                    }
+                }
+                (_, Some((_, index))) => has_room_for_wishes = self.order_load(index, u64::MAX),
+                (_, None) => return,
             }
         }
     }

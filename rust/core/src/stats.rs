@@ -58,3 +58,38 @@ pub struct Stats {
     /// Loads from disk that failed.
     pub load_failures: u64,
 }
+
+impl Stats {
+    /// Every figure with its name.
+    pub fn named(&self) -> [(&'static str, u64); 27] {
+        [
+            ("num_pages", self.num_pages.into()),
+            ("free_pages", self.free_pages.into()),
+            ("kv_pages", self.kv_pages.into()),
+            ("adapter_pages", self.adapter_pages.into()),
+            ("idle_adapter_pages", self.idle_adapter_pages.into()),
+            ("num_host_pages", self.num_host_pages.into()),
+            ("free_host_pages", self.free_host_pages.into()),
+            ("running", self.running.into()),
+            ("waiting", self.waiting.into()),
+            ("waiting_for_adapter", self.waiting_for_adapter.into()),
+            ("adapters", self.adapters.into()),
+            ("resident_adapters", self.resident_adapters.into()),
+            ("host_adapters", self.host_adapters.into()),
+            ("loading_adapters", self.loading_adapters.into()),
+            ("steps", self.steps),
+            ("rows", self.rows),
+            ("submitted", self.submitted),
+            ("ended", self.ended),
+            ("generated_tokens", self.generated_tokens),
+            ("preemptions", self.preemptions),
+            ("adapter_evictions", self.adapter_evictions),
+            ("host_evictions", self.host_evictions),
+            ("swap_ins", self.swap_ins),
+            ("swap_in_pages", self.swap_in_pages),
+            ("prefetches", self.prefetches),
+            ("loads", self.loads),
+            ("load_failures", self.load_failures),
+        ]
+    }
+}

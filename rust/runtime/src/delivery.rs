@@ -101,7 +101,7 @@ impl Requests {
     fn open(&mut self, channel: Arc<Channel>) {
         match &self.stopped {
             None => {
-                self.open.insert(channel.id, channel);
+                self.open.insert(channel.id(), channel);
             }
             Some(error) => channel.end(End::Error(error.clone())),
         }
@@ -115,15 +115,16 @@ impl Requests {
         }
         for event in &events.prompts {
             let Some(channel) = self.open.get(&event.request) else { continue };
-            let rows = event.row as usize..(event.row + event.len) as usize;
-            let wanted = channel.num_prompt_logprobs.unwrap_or(0);
-            channel.push_prompt_logprobs(rows.map(|row| logprobs.prompt(row, wanted)));
+            let wanted = channel.spec.num_prompt_logprobs.unwrap_or(0);
+            let targets = channel.spec.prompt[event.position as usize..].iter().take(event.len as usize);
+            let found = (event.row as usize..).zip(targets);
+            channel.push_prompt_logprobs(found.map(|(row, token)| logprobs.prompt(row, *token, wanted)));
         }
         let now = Instant::now();
         for event in &events.tokens {
             let Some(channel) = self.open.get(&event.request) else { continue };
             let found: Option<TokenLogprobs> =
-                channel.num_logprobs.map(|wanted| logprobs.sampled(event.row as usize, wanted));
+                channel.spec.num_logprobs.map(|wanted| logprobs.sampled(event.row as usize, event.token, wanted));
             let command = match channel.push(event.token, found, now) {
                 TextProgress::Quiet => continue,
                 TextProgress::Checked(num_tokens) => Command::Checked(event.request, num_tokens),

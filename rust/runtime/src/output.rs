@@ -13,7 +13,9 @@ use crate::mailbox::Wake;
 /// Log-probabilities of one position, of the raw model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the token that stands there.
+    /// The token that stands there.
+    pub token: u32,
+    /// Its log-probability.
     pub logprob: f32,
     /// The best tokens, best first, as many as were asked for.
     pub best: Vec<(u32, f32)>,
@@ -97,16 +99,22 @@ impl TextState {
     }
 }
 
-/// What the delivery thread and the reader share.
-pub(crate) struct Channel {
+/// What is known of a request's output before it begins.
+pub(crate) struct ChannelSpec {
     pub id: RequestId,
     pub adapter: Option<Arc<str>>,
+    pub prompt: Vec<u32>,
     pub num_logprobs: Option<u32>,
     pub num_prompt_logprobs: Option<u32>,
+    pub wake: Arc<dyn Wake>,
+    pub wakes_on_token: bool,
+}
+
+/// What the delivery thread and the reader share.
+pub(crate) struct Channel {
+    pub spec: ChannelSpec,
     /// Text is made at once, because the engine waits for what the stop strings say.
-    pub has_stops: bool,
-    wake: Arc<dyn Wake>,
-    wakes_on_token: bool,
+    has_stops: bool,
     state: Mutex<ChannelState>,
 }
 
@@ -137,18 +145,13 @@ pub(crate) enum TextProgress {
 }
 
 impl Channel {
-    pub fn new(
-        id: RequestId,
-        adapter: Option<Arc<str>>,
-        num_logprobs: Option<u32>,
-        num_prompt_logprobs: Option<u32>,
-        text: Option<TextState>,
-        wake: Arc<dyn Wake>,
-        wakes_on_token: bool,
-    ) -> Self {
+    pub fn new(spec: ChannelSpec, text: Option<TextState>) -> Self {
         let has_stops = text.as_ref().is_some_and(|text| !text.stops.is_empty());
-        let state = Mutex::new(ChannelState { text, ..ChannelState::default() });
-        Self { id, adapter, num_logprobs, num_prompt_logprobs, has_stops, wake, wakes_on_token, state }
+        Self { spec, has_stops, state: Mutex::new(ChannelState { text, ..ChannelState::default() }) }
+    }
+
+    pub fn id(&self) -> RequestId {
+        self.spec.id
     }
 
     fn lock(&self) -> MutexGuard<'_, ChannelState> {
@@ -158,7 +161,7 @@ impl Channel {
     fn signal(&self, mut state: MutexGuard<'_, ChannelState>) {
         if !std::mem::replace(&mut state.is_signalled, true) {
             drop(state);
-            self.wake.wake(self.id);
+            self.spec.wake.wake(self.spec.id);
         }
     }
 
@@ -167,7 +170,7 @@ impl Channel {
         state.delta.is_accepted = true;
         state.delta.version = version;
         state.delta.was_loaded = was_loaded;
-        if self.wakes_on_token {
+        if self.spec.wakes_on_token {
             self.signal(state);
         }
     }
@@ -191,7 +194,7 @@ impl Channel {
             let is_over = state.delta.end.is_some();
             progress = if is_over { TextProgress::Ended } else { TextProgress::Checked(state.num_tokens) };
         }
-        if self.wakes_on_token || state.delta.end.is_some() {
+        if self.spec.wakes_on_token || state.delta.end.is_some() {
             self.signal(state);
         }
         progress
@@ -220,7 +223,7 @@ impl Channel {
             EndReason::Length => End::Length,
             EndReason::Cancelled => End::Cancelled,
             EndReason::AdapterFailed(reason) => {
-                let name = self.adapter.clone().unwrap_or_default();
+                let name = self.spec.adapter.clone().unwrap_or_default();
                 End::Error(RequestError::AdapterFailed { name, reason })
             }
             _ => End::Error(RequestError::NotFinite),
@@ -271,27 +274,26 @@ impl ChannelState {
 pub struct Output {
     pub(crate) channel: Arc<Channel>,
     pub(crate) inbox: Arc<Inbox>,
-    prompt: Vec<u32>,
 }
 
 impl Output {
-    pub(crate) fn new(channel: Arc<Channel>, inbox: Arc<Inbox>, prompt: Vec<u32>) -> Self {
-        Self { channel, inbox, prompt }
+    pub(crate) fn new(channel: Arc<Channel>, inbox: Arc<Inbox>) -> Self {
+        Self { channel, inbox }
     }
 
     /// The request's id, as its [`Wake`] is told.
     pub fn id(&self) -> RequestId {
-        self.channel.id
+        self.channel.id()
     }
 
     /// The adapter's name; `None`: the base model.
     pub fn adapter(&self) -> Option<&Arc<str>> {
-        self.channel.adapter.as_ref()
+        self.channel.spec.adapter.as_ref()
     }
 
     /// The prompt's token ids.
     pub fn prompt(&self) -> &[u32] {
-        &self.prompt
+        &self.channel.spec.prompt
     }
 
     /// What is new. Text is made here, on the reader's time.
@@ -324,7 +326,7 @@ impl Output {
     /// Ends the request within one step, wherever it is; does nothing if it has ended.
     pub fn cancel(&self) {
         // A closed inbox: every request has ended.
-        let _ = self.inbox.push(Command::Cancel(self.channel.id));
+        let _ = self.inbox.push(Command::Cancel(self.channel.id()));
     }
 }
 

@@ -15,7 +15,7 @@ use crate::host::HostMemory;
 use crate::inbox::{Command, Inbox, Refused};
 use crate::loader::Loader;
 use crate::mailbox::Wake;
-use crate::output::{Channel, End, Output, TextState};
+use crate::output::{Channel, ChannelSpec, End, Output, TextState};
 use crate::stepper::Stepper;
 
 /// What the runtime is told once.
@@ -186,9 +186,16 @@ impl Runtime {
         let text = self.text_state(&submission)?;
         let params = self.params(&submission, id);
         let Submission { prompt, adapter, wake, wakes_on_token, .. } = submission;
-        let (logprobs, prompt_logprobs) = (params.logprobs, params.prompt_logprobs);
-        let channel = Channel::new(id, adapter.clone(), logprobs, prompt_logprobs, text, wake, wakes_on_token);
-        let output = Output::new(Arc::new(channel), self.shared.inbox.clone(), prompt.clone());
+        let spec = ChannelSpec {
+            id,
+            adapter: adapter.clone(),
+            prompt: prompt.clone(),
+            num_logprobs: params.logprobs,
+            num_prompt_logprobs: params.prompt_logprobs,
+            wake,
+            wakes_on_token,
+        };
+        let output = Output::new(Arc::new(Channel::new(spec, text)), self.shared.inbox.clone());
         let request = NewRequest { id, adapter, prompt, params: Arc::new(params) };
         let max_waiting = self.config.max_waiting;
         match self.shared.inbox.submit(request, output.channel.clone(), max_waiting as usize) {

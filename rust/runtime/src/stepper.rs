@@ -34,16 +34,16 @@ pub struct StepLogprobs {
 }
 
 impl StepLogprobs {
-    pub(crate) fn sampled(&self, row: usize, wanted: u32) -> TokenLogprobs {
-        position(&self.chosen, &self.best_ids, &self.best, row, wanted)
+    pub(crate) fn sampled(&self, row: usize, token: u32, wanted: u32) -> TokenLogprobs {
+        position(token, &self.chosen, &self.best_ids, &self.best, row, wanted)
     }
 
-    pub(crate) fn prompt(&self, row: usize, wanted: u32) -> TokenLogprobs {
-        position(&self.prompt, &self.prompt_best_ids, &self.prompt_best, row, wanted)
+    pub(crate) fn prompt(&self, row: usize, token: u32, wanted: u32) -> TokenLogprobs {
+        position(token, &self.prompt, &self.prompt_best_ids, &self.prompt_best, row, wanted)
     }
 }
 
-fn position(chosen: &[f32], best_ids: &[i32], best: &[f32], row: usize, wanted: u32) -> TokenLogprobs {
+fn position(token: u32, chosen: &[f32], best_ids: &[i32], best: &[f32], row: usize, wanted: u32) -> TokenLogprobs {
     let logprob = chosen.get(row).copied().unwrap_or(f32::NAN);
     let width = best_ids.len() / chosen.len().max(1);
     let start = row * width;
@@ -55,7 +55,7 @@ fn position(chosen: &[f32], best_ids: &[i32], best: &[f32], row: usize, wanted: 
         .zip(best.get(start..end).unwrap_or_default())
         .map(|(id, logprob)| (*id as u32, *logprob))
         .collect();
-    TokenLogprobs { logprob, best }
+    TokenLogprobs { token, logprob, best }
 }
 
 /// Owns the engine. Every call comes from the one thread that runs steps.

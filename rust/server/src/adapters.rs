@@ -1,9 +1,6 @@
-//! The adapters' resource API: `/v1/adapters`.
-//!
-//! What is loaded here does not survive a restart.
+//! The adapters' lifecycle: vLLM's two endpoints and a JSON resource, for admin keys.
 
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::path::{Component, Path, PathBuf};
 
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
@@ -11,188 +8,240 @@ use serde_json::{Value, json};
 use slora_core::AdapterState;
 use slora_runtime::{AdapterDetails, RegisterError};
 
-use crate::app::{App, Call};
-use crate::errors::{ApiError, adapter_failed};
-use crate::exposition::state_name;
-use crate::model_name::is_adapter_name;
-use crate::paths;
-use crate::routes::json_response;
-use crate::sources::Origin;
+use crate::app::App;
+use crate::errors::{ApiError, checkpoint_error};
+use crate::fields::{Fields, shown};
+use crate::router::{Answer, Call, json_response, typed_response};
 
-/// How long a call waits for weights to be read.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often it looks.
-const LOOK: Duration = Duration::from_millis(5);
+/// Entries of a checkpoint's folder that are looked at for links.
+const MAX_ENTRIES: usize = 1024;
 
-/// An adapter as JSON.
-fn shown(app: &App, details: &AdapterDetails) -> Value {
-    let info = &details.info;
-    let report = details.checkpoint.as_ref().map(|checkpoint| checkpoint.report());
-    let source = app.sources.get(&info.name);
-    let tier = match info.state {
-        AdapterState::Resident => "device",
-        AdapterState::Host => "host",
-        _ => "disk",
+/// `POST /v1/load_lora_adapter`, as vLLM's.
+pub(crate) async fn load_vllm(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let name: String = fields.require("lora_name")?;
+    let path: PathBuf = fields.require("lora_path")?;
+    let replace = fields.take("load_inplace")?.unwrap_or(false);
+    fields.ignore(&["lora_int_id", "base_model_name", "is_3d_lora_weight"]);
+    call.app.note_unknown(&fields)?;
+    let shown_name = name.clone();
+    call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
+    Ok(plain(format!("Success: LoRA adapter '{shown_name}' added successfully.")))
+}
+
+/// `POST /v1/unload_lora_adapter`, as vLLM's; an unknown name is 404.
+pub(crate) async fn unload_vllm(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let name: String = fields.require("lora_name")?;
+    fields.ignore(&["lora_int_id"]);
+    call.app.note_unknown(&fields)?;
+    let shown_name = name.clone();
+    call.app.call(move |app| unload(app, &name)).await?;
+    Ok(plain(format!("Success: LoRA adapter '{shown_name}' removed successfully.")))
+}
+
+/// `GET /v1/adapters`.
+pub(crate) async fn list(call: Call) -> Answer {
+    let adapters = call.app.call(|app| Ok(app.runtime.adapters()?)).await?;
+    let data: Vec<Value> = adapters.iter().map(resource).collect();
+    Ok(json_response(&json!({"object": "list", "data": data})))
+}
+
+/// `GET /v1/adapters/{name}`.
+pub(crate) async fn get(call: Call) -> Answer {
+    let name = call.param;
+    let details = call.app.call(move |app| details(app, &name)).await?;
+    Ok(json_response(&resource(&details)))
+}
+
+/// `PUT /v1/adapters/{name}`: registers, replaces, pins or unpins. Without a path the weights stay what they are.
+pub(crate) async fn put(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let path: Option<PathBuf> = fields.take("path")?;
+    let pinned: Option<bool> = fields.take("pinned")?;
+    call.app.note_unknown(&fields)?;
+    let name = call.param;
+    let work = move |app: &App| match path {
+        Some(path) => register(app, &name, &path, true, pinned),
+        None => {
+            details(app, &name)?;
+            if let Some(pinned) = pinned {
+                app.runtime.pin(&name, pinned)?;
+            }
+            details(app, &name)
+        }
     };
-    json!({
-        "name": &*info.name, "state": state_name(info.state), "reason": info.reason.as_deref(), "version": info.version,
-        "replacing": info.replacing, "tier": tier, "pinned": info.pinned, "pins": info.pins, "in_flight": info.unfinished,
-        "bytes": info.bytes, "pages": info.num_pages, "sha256": null,
-        "min_rank": report.map(|report| report.min_rank), "max_rank": report.map(|report| report.max_rank),
-        "targets": report.map(|report| report.targets()),
-        "path": report.map(|report| report.folder.display().to_string()),
-        "origin": source.as_ref().map(|source| source.origin.name()), "created": source.map(|source| source.created),
-        "warnings": report.map(|report| &report.warnings),
-    })
+    Ok(json_response(&resource(&call.app.call(work).await?)))
 }
 
-/// All adapters, and folders that could not become one.
-pub(crate) async fn list(call: Call) -> Result<Response<Body>, ApiError> {
-    let app = &call.app;
-    let adapters = app.on_runtime(|app| app.runtime.adapters()).await??;
-    let data: Vec<Value> = adapters.iter().map(|details| shown(app, details)).collect();
-    let refused: Vec<Value> = app.sources.failures().into_iter().map(|(name, failure)| {
-        json!({"name": name, "state": "failed", "path": failure.path.display().to_string(), "reason": failure.message, "code": failure.code})
-    }).collect();
-    Ok(json_response(&json!({"object": "list", "data": data, "refused": refused})))
-}
-
-/// One adapter.
-pub(crate) async fn show(call: Call) -> Result<Response<Body>, ApiError> {
-    let details = find(&call, &call.name).await?;
-    Ok(json_response(&shown(&call.app, &details)))
-}
-
-async fn find(call: &Call, name: &str) -> Result<AdapterDetails, ApiError> {
-    let asked = name.to_owned();
-    let found = call.app.on_runtime(move |app| app.runtime.adapter(&asked)).await??;
-    found.ok_or_else(|| ApiError::model_not_found(&crate::fields::shown(name)))
-}
-
-/// Makes a name known, or gives it a new version, or only changes whether it is pinned.
-pub(crate) async fn put(mut call: Call) -> Result<Response<Body>, ApiError> {
-    let name = call.name.clone();
-    let (path, pinned) =
-        call.read_fields(|fields| Ok((fields.take::<String>("path")?, fields.take::<bool>("pinned")?))).await?;
-    let Some(path) = path else {
-        let pinned = pinned.ok_or_else(|| ApiError::invalid("path", "path is missing"))?;
-        set_pinned(&call.app, &name, pinned).await?;
-        return Ok(json_response(&shown(&call.app, &find(&call, &name).await?)));
-    };
-    let existed = find(&call, &name).await.is_ok();
-    let details = load(&call.app, &name, &path, true, pinned).await?;
-    let mut response = json_response(&shown(&call.app, &details));
-    if !existed {
-        *response.status_mut() = StatusCode::CREATED;
-    }
+/// `DELETE /v1/adapters/{name}`.
+pub(crate) async fn delete(call: Call) -> Answer {
+    let name = call.param;
+    call.app.call(move |app| unload(app, &name)).await?;
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
 }
 
-/// Forgets a name: new requests do not find it, unfinished ones finish, then every tier is freed.
-pub(crate) async fn delete(call: Call) -> Result<Response<Body>, ApiError> {
-    unload(&call.app, &call.name).await?;
-    Ok(json_response(&json!({"name": call.name, "deleted": true})))
+/// `POST /v1/adapters/validate`: the accounting of every tensor; nothing is registered.
+pub(crate) async fn validate(call: Call) -> Answer {
+    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let path: PathBuf = fields.require("path")?;
+    call.app.note_unknown(&fields)?;
+    let work = move |app: &App| {
+        let path = confine(&app.roots, &path)?;
+        Ok(app.runtime.validate(&path).map_err(|error| checkpoint_error(&error))?.to_json())
+    };
+    Ok(typed_response("application/json", call.app.call(work).await?))
 }
 
-/// The tensor accounting of a checkpoint; nothing is loaded.
-pub(crate) async fn validate(mut call: Call) -> Result<Response<Body>, ApiError> {
-    let path: String = call.read_fields(|fields| fields.require("path")).await?;
-    let (_, report) = call.app.on_runtime(move |app| paths::open(&app.config, app.runtime.base(), &path)).await??;
-    let parsed: Value = serde_json::from_str(&report.to_json()).unwrap_or_default();
-    Ok(json_response(&json!({"valid": true, "report": parsed})))
+fn plain(text: String) -> Response<Body> {
+    typed_response("text/plain; charset=utf-8", text)
 }
 
-/// Removes a name.
-pub(crate) async fn unload(app: &std::sync::Arc<App>, name: &str) -> Result<(), ApiError> {
-    let asked = name.to_owned();
-    app.on_runtime(move |app| {
-        app.runtime.unload(&asked)?;
-        app.sources.remove(&asked);
-        Ok::<_, RegisterError>(())
-    })
-    .await?
-    .map_err(ApiError::from)
+fn details(app: &App, name: &str) -> Result<AdapterDetails, ApiError> {
+    app.runtime.adapter(name)?.ok_or_else(|| ApiError::model_not_found(&shown(name)))
 }
 
-async fn set_pinned(app: &std::sync::Arc<App>, name: &str, pinned: bool) -> Result<(), ApiError> {
-    let name = name.to_owned();
-    app.on_runtime(move |app| app.runtime.pin(&name, pinned)).await??;
-    Ok(())
+fn unload(app: &App, name: &str) -> Result<(), ApiError> {
+    details(app, name)?;
+    Ok(app.runtime.unload(name)?)
 }
 
-/// Registers a folder and waits until its weights were read: what is wrong with them is this call's answer. A name that
-/// was free is free again then; a name that was taken keeps what it meant.
-pub(crate) async fn load(
-    app: &std::sync::Arc<App>,
-    name: &str,
-    path: &str,
-    replace: bool,
-    pinned: Option<bool>,
-) -> Result<AdapterDetails, ApiError> {
-    if !is_adapter_name(name) {
-        let name = crate::fields::shown(name);
-        let message = format!("adapter name {name:?} must be 1 to 128 of A-Z a-z 0-9 . _ -");
-        return Err(ApiError::invalid("lora_name", message));
-    }
-    if app.base_names.iter().any(|base| base == name) {
-        let message = format!("the base model is named {name:?}");
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, "adapter_exists", message).with_param("lora_name"));
-    }
-    let (name, path) = (name.to_owned(), path.to_owned());
-    let result = app.on_runtime(move |app| load_now(app, &name, &path, replace, pinned)).await?;
-    if let Err(error) = &result {
-        app.metrics.count_load_failure(error.reason.as_deref().unwrap_or(error.code));
-    }
-    result
-}
-
-fn load_now(
+fn register(
     app: &App,
     name: &str,
-    path: &str,
+    path: &Path,
     replace: bool,
     pinned: Option<bool>,
 ) -> Result<AdapterDetails, ApiError> {
-    let (folder, _) = paths::open(&app.config, app.runtime.base(), path)?;
-    let before = app.runtime.adapter(name)?;
-    register(app, name, &folder, replace)?;
-    let was_pinned = before.as_ref().is_some_and(|details| details.info.pinned);
-    let stays_pinned = pinned.unwrap_or(was_pinned);
-    let outcome = wait_loaded(app, name);
-    match &outcome {
-        Ok(_) => app.runtime.pin(name, stays_pinned)?,
-        Err(_) if before.is_none() => {
-            app.runtime.unload(name)?;
-            app.sources.remove(name);
-        }
-        Err(_) => app.runtime.pin(name, was_pinned)?,
+    if app.base_names.iter().any(|base| base == name) {
+        let message = format!("{name:?} is the base model's name");
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "adapter_exists", message).with_param("lora_name"));
     }
-    outcome?;
-    let gone = || ApiError::model_not_found(name);
-    app.runtime.adapter(name)?.ok_or_else(gone)
+    let path = confine(&app.roots, path)?;
+    let registered = app.runtime.register(name, &path, replace, pinned == Some(true)).inspect_err(|error| {
+        if let RegisterError::Checkpoint(error) = error {
+            app.metrics.count_load_failure(error.code());
+        }
+    })?;
+    if pinned == Some(false) && registered.info.pinned {
+        app.runtime.pin(name, false)?;
+        return details(app, name);
+    }
+    Ok(registered)
 }
 
-fn register(app: &App, name: &str, folder: &Path, replace: bool) -> Result<(), ApiError> {
-    // Pinned until it was read: nothing else makes the engine read it now.
-    app.runtime.register(name, folder, replace, true)?;
-    app.sources.set(name, Origin::Api);
-    Ok(())
+fn resource(details: &AdapterDetails) -> Value {
+    let info = &details.info;
+    let report = details.checkpoint.as_ref().map(|adapter| adapter.report());
+    let (state, tier) = match info.state {
+        AdapterState::Registered => ("registered", "disk"),
+        AdapterState::Loading => ("loading", "disk"),
+        AdapterState::Host => ("host", "host"),
+        AdapterState::Resident => ("resident", "device"),
+        AdapterState::Failed => ("failed", "none"),
+    };
+    json!({
+        "object": "adapter", "name": &*info.name, "version": info.version, "state": state, "tier": tier,
+        "reason": info.reason.as_deref(), "pinned": info.pinned, "replacing": info.replacing,
+        "pins": info.pins, "in_flight": info.unfinished, "num_pages": info.num_pages, "bytes": info.bytes,
+        "path": report.map(|report| report.folder.to_string_lossy()),
+        "min_rank": report.map(|report| report.min_rank), "max_rank": report.map(|report| report.max_rank),
+        "targets": report.map(|report| report.targets()),
+    })
 }
 
-/// Waits until the newest version's weights are in the host tier, or could not be.
-fn wait_loaded(app: &App, name: &str) -> Result<(), ApiError> {
-    let deadline = Instant::now() + LOAD_TIMEOUT;
-    loop {
-        let info = app.runtime.adapter(name)?.ok_or_else(|| ApiError::model_not_found(name))?.info;
-        let is_loaded = matches!(info.state, AdapterState::Host | AdapterState::Resident);
-        if let (Some(reason), false) = (&info.reason, info.replacing) {
-            let message = format!("adapter {name:?} could not be loaded: {reason}");
-            return Err(adapter_failed(message, reason).with_param("lora_path"));
+/// The path with its links resolved, which must be absolute and lie beneath a root; no link inside leads out either. What
+/// lies outside is refused the same way whether it exists or not.
+fn confine(roots: &[PathBuf], path: &Path) -> Result<PathBuf, ApiError> {
+    let refused = || {
+        let message = "the path must be absolute and, links resolved, beneath one of the server's adapter folders; hint: start \
+                       the server with --adapter-root";
+        ApiError::new(StatusCode::BAD_REQUEST, "path_not_allowed", message).with_param("lora_path")
+    };
+    let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !path.is_absolute() || !is_plain {
+        return Err(refused());
+    }
+    let is_inside = |path: &Path| roots.iter().any(|root| path.starts_with(root));
+    let resolved = resolve(path).ok_or_else(refused)?;
+    if !is_inside(&resolved) || !links_stay(&resolved, 1, &is_inside) {
+        return Err(refused());
+    }
+    Ok(resolved)
+}
+
+/// Resolves links as far as the path exists: the rest is plain names.
+fn resolve(path: &Path) -> Option<PathBuf> {
+    let existing = path.ancestors().find(|part| part.symlink_metadata().is_ok())?;
+    let rest = path.strip_prefix(existing).ok()?;
+    let resolved = existing.canonicalize().ok()?;
+    Some(if rest.as_os_str().is_empty() { resolved } else { resolved.join(rest) })
+}
+
+/// Whether links in the folder, and `levels` below, stay inside. A folder that cannot be read is the store's to refuse.
+fn links_stay(folder: &Path, levels: usize, is_inside: &impl Fn(&Path) -> bool) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else { return true };
+    let stays = |path: PathBuf| {
+        let target = path.canonicalize();
+        let is_broken_link = target.is_err();
+        let stays = target.is_ok_and(|target| is_inside(&target));
+        is_broken_link || (stays && (levels == 0 || !path.is_dir() || links_stay(&path, levels - 1, is_inside)))
+    };
+    let mut seen = 0;
+    entries.flatten().all(|entry| {
+        seen += 1;
+        seen <= MAX_ENTRIES && stays(entry.path())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_lies_beneath_a_root_is_let_in_links_resolved() {
+        let world = tempfile::tempdir().unwrap();
+        let world = world.path().canonicalize().unwrap();
+        let (root, outside) = (world.join("root"), world.join("root-outside"));
+        for folder in [root.join("a/nested"), outside.join("b")] {
+            std::fs::create_dir_all(folder).unwrap();
         }
-        // Without room nothing is read, and the first request brings it in.
-        if (is_loaded && !info.replacing) || Instant::now() > deadline {
-            return Ok(());
+        std::fs::write(outside.join("b/secret"), "x").unwrap();
+        let link = |to: &Path, at: PathBuf| std::os::unix::fs::symlink(to, at).unwrap();
+        link(&outside.join("b"), root.join("out"));
+        link(&root.join("a"), root.join("in"));
+        std::fs::create_dir(root.join("c")).unwrap();
+        link(&outside.join("b/secret"), root.join("c/adapter_model.safetensors"));
+        std::fs::create_dir_all(root.join("d/e")).unwrap();
+        link(&outside.join("b/secret"), root.join("d/e/adapter_config.json"));
+        let roots = [root.clone()];
+        let is_allowed = |path: &Path| confine(&roots, path).is_ok();
+        for path in [root.join("a"), root.join("in"), root.join("a/"), root.join("a/nested"), root.join("not-there")] {
+            assert!(is_allowed(&path), "{}", path.display());
         }
-        std::thread::sleep(LOOK);
+        let refused = [
+            root.join("out"),
+            root.join("out/deeper"),
+            outside.clone(),
+            outside.join("b"),
+            outside.join("not-there"),
+            root.join(".."),
+            root.join("a/../../root-outside"),
+            root.join("a/../a"),
+            root.join("c"),
+            root.join("d"),
+            PathBuf::from("a"),
+            PathBuf::from("./a"),
+            PathBuf::from(""),
+            PathBuf::from("/"),
+            PathBuf::from("/proc/self/root"),
+        ];
+        for path in refused {
+            let error = confine(&roots, &path).unwrap_err();
+            assert_eq!((error.status.as_u16(), error.code), (400, "path_not_allowed"), "{}", path.display());
+        }
+        assert!(!confine(&[], &root.join("a")).is_ok(), "without roots nothing is allowed");
     }
 }

@@ -66,11 +66,12 @@ impl Admission {
 
     /// Lets `load` in, or refuses all of it.
     pub fn reserve(self: &Arc<Self>, load: Load) -> Result<Reservation, ApiError> {
-        self.add(load)?;
+        self.add(load, Load::default())?;
         Ok(Reservation { admission: self.clone(), load })
     }
 
-    fn add(&self, load: Load) -> Result<(), ApiError> {
+    /// `own`: what the caller holds already.
+    fn add(&self, load: Load, own: Load) -> Result<(), ApiError> {
         let mut state = self.lock();
         if !state.is_open {
             return Err(ApiError::unavailable("the server is shutting down and takes no new requests"));
@@ -82,7 +83,7 @@ impl Admission {
             ("bytes", held.bytes, load.bytes, self.bounds.bytes),
         ];
         // Alone, anything may come in that its own limits allow.
-        let is_idle = held == Load::default();
+        let is_idle = held == own;
         for (what, held, more, bound) in checks {
             if more > 0 && held + more > bound && !(is_idle && what != "requests") {
                 let message = format!("the server is saturated: {held} {what} are unfinished, {bound} may be");
@@ -117,14 +118,9 @@ impl State {
 impl Reservation {
     /// Lets more in under the same roof, or nothing more.
     pub fn grow(&mut self, more: Load) -> Result<(), ApiError> {
-        self.admission.add(more)?;
+        self.admission.add(more, self.load)?;
         self.load = add(self.load, more);
         Ok(())
-    }
-
-    /// Tokens that are reserved.
-    pub fn tokens(&self) -> u64 {
-        self.load.tokens
     }
 
     /// Tokens and bytes are known better, or needed no longer. They only become fewer.

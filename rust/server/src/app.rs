@@ -1,176 +1,168 @@
-//! What all requests share, and what one request brings.
+//! What all requests share.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use axum::body::Body;
-use axum::http::HeaderMap;
-use bytes::Bytes;
 use serde_json::json;
-use slora_runtime::{RequestError, Runtime};
-use slora_text::TextModel;
+use slora_runtime::{Runtime, State};
 use tokio::sync::Semaphore;
 
-use crate::admission::{Admission, Bounds, Load, Reservation};
+use crate::admission::{Admission, Bounds};
 use crate::auth::{Auth, Caller};
-use crate::body;
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::fields::{Fields, shown};
-use crate::lifecycle::Lifecycle;
 use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
-use crate::record::Record;
-use crate::residency::Residency;
-use crate::sources::Sources;
 use crate::text_pool::TextPool;
 
-/// Calls to the step thread that may wait for it at once.
-const MAX_RUNTIME_CALLS: usize = 32;
-/// Unknown field names that are logged.
-const MAX_LOGGED_FIELDS: usize = 256;
-/// Bodies of more bytes are parsed on the text pool.
-const LONG_BODY_BYTES: usize = 64 << 10;
+/// Names of unknown fields that are logged, each once.
+const MAX_LOGGED_FIELDS: usize = 1024;
+/// Calls to the step thread that wait for it at once.
+const MAX_CALLS: usize = 8;
+/// A call that the step thread has not answered by then is refused.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Shared by all requests.
+/// The server's state.
 pub(crate) struct App {
     pub config: ServerConfig,
-    pub base_names: Vec<String>,
     pub runtime: Arc<Runtime>,
-    pub text: Option<Arc<TextModel>>,
     pub auth: Auth,
     pub admission: Arc<Admission>,
     pub metrics: Arc<Metrics>,
-    pub log: Log,
     pub text_pool: TextPool,
-    pub sources: Sources,
-    pub residency: Residency,
-    pub lifecycle: Lifecycle,
-    pub created: u64,
+    pub log: Log,
+    /// Names of the base model; the first one is shown.
+    pub base_names: Vec<String>,
+    /// Folders beneath which paths over HTTP must lie, links resolved.
+    pub roots: Vec<PathBuf>,
+    pub started_unix_s: u64,
+    is_draining: AtomicBool,
     calls: Arc<Semaphore>,
     logged_fields: Mutex<HashSet<String>>,
-    id_prefix: u64,
-    next_id: AtomicU64,
+}
+
+/// What a request's `model` means.
+pub(crate) struct Target {
+    /// As the client wrote it.
+    pub model: String,
+    /// `None`: the base model.
+    pub adapter: Option<Arc<str>>,
 }
 
 impl App {
-    pub fn new(config: ServerConfig, runtime: Arc<Runtime>, log: Log) -> Self {
-        let engine = runtime.config();
+    pub fn new(config: ServerConfig, runtime: Arc<Runtime>, roots: Vec<PathBuf>, log: Log) -> Self {
         let limits = &config.limits;
         let bounds = Bounds {
-            requests: u64::from(engine.max_running) + limits.max_queued_requests as u64,
+            requests: u64::from(runtime.config().max_running) + limits.max_queued_requests as u64,
             tokens: limits.max_queued_tokens,
             bytes: limits.max_queued_bytes,
         };
         Self {
-            base_names: config.base_names(),
-            text: runtime.text().cloned(),
             auth: Auth::new(&config),
             admission: Arc::new(Admission::new(bounds)),
             metrics: Arc::new(Metrics::new()),
             text_pool: TextPool::new(limits.text_threads),
-            sources: Sources::default(),
-            residency: Residency::default(),
-            lifecycle: Lifecycle::new(),
-            created: unix_time_s() as u64,
-            calls: Arc::new(Semaphore::new(MAX_RUNTIME_CALLS)),
-            logged_fields: Mutex::default(),
-            id_prefix: getrandom::u64().unwrap_or(0),
-            next_id: AtomicU64::new(1),
-            config,
-            runtime,
             log,
+            base_names: config.base_names(),
+            roots,
+            started_unix_s: unix_time_s() as u64,
+            is_draining: AtomicBool::new(false),
+            calls: Arc::new(Semaphore::new(MAX_CALLS)),
+            logged_fields: Mutex::default(),
+            runtime,
+            config,
         }
     }
 
-    /// An id that no other request of any server has.
-    pub fn new_id(&self) -> String {
-        format!("{:016x}{:08x}", self.id_prefix, self.next_id.fetch_add(1, Ordering::Relaxed))
+    /// Takes no new work; what runs goes on.
+    pub fn drain(&self) {
+        self.is_draining.store(true, Ordering::Relaxed);
+        self.admission.close();
     }
 
-    /// Runs a call that waits for the step thread, on a thread that may wait.
-    pub async fn on_runtime<T: Send + 'static>(
-        self: &Arc<Self>,
-        call: impl FnOnce(&App) -> T + Send + 'static,
-    ) -> Result<T, ApiError> {
-        let Ok(permit) = self.calls.clone().acquire_owned().await else {
-            return Err(RequestError::Closed.into());
-        };
-        let app = self.clone();
-        let call = move || {
-            let result = call(&app);
-            drop(permit);
-            result
-        };
-        tokio::task::spawn_blocking(call).await.map_err(|_| ApiError::internal("the call broke on an internal error"))
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Relaxed)
     }
 
-    /// Says once for each name that a field means nothing here; refuses it if the server is strict.
-    pub fn check_unknown(&self, fields: &Fields<'_>) -> Result<(), ApiError> {
+    /// Whether nothing that was let in is left.
+    pub fn is_idle(&self) -> bool {
+        self.admission.load().requests == 0 && self.metrics.open_streams.load(Ordering::Relaxed) == 0
+    }
+
+    /// Why no requests are taken, if so.
+    pub fn unready(&self) -> Option<String> {
+        match self.runtime.state() {
+            State::Failed(reason) => Some(format!("the engine has stopped: {reason}")),
+            State::Closed => Some("the engine is closed".into()),
+            State::Running => self.is_draining().then(|| "the server is shutting down".into()),
+        }
+    }
+
+    /// Finds what `model` names: the base, an adapter, or `base:adapter`. Whether the adapter exists is the engine's to say.
+    pub fn resolve(&self, caller: &Caller, model: String) -> Result<Target, ApiError> {
+        let is_base = |name: &str| self.base_names.iter().any(|base| base == name);
+        let adapter = match model.split_once(':') {
+            _ if is_base(&model) => None,
+            Some((base, adapter)) if is_base(base) => Some(adapter),
+            _ => Some(model.as_str()),
+        };
+        let may_use = match adapter {
+            None => self.base_names.iter().any(|name| caller.may_use(name)),
+            Some(name) => is_adapter_name(name) && caller.may_use(name),
+        };
+        if !may_use {
+            return Err(ApiError::model_not_found(&shown(&model)));
+        }
+        Ok(Target { adapter: adapter.map(Arc::from), model })
+    }
+
+    /// Refuses unknown fields, or says once that they do nothing.
+    pub fn note_unknown(&self, fields: &Fields<'_>) -> Result<(), ApiError> {
         for name in fields.unknown() {
             if self.config.strict_fields {
-                let message = format!("unknown field {:?}", shown(name));
+                let message = format!("{} is not a known field", shown(name));
                 return Err(ApiError::new(axum::http::StatusCode::BAD_REQUEST, "unknown_parameter", message)
                     .with_param(&shown(name)));
             }
             let mut logged = self.logged_fields.lock().unwrap_or_else(PoisonError::into_inner);
             if logged.len() < MAX_LOGGED_FIELDS && logged.insert(shown(name)) {
-                self.log.line("unknown_field", json!({"field": shown(name), "note": "ignored, here and from now on"}));
+                self.log.line("unknown_field", json!({"name": shown(name)}));
             }
         }
         Ok(())
     }
-}
 
-/// One request on its way to a handler.
-pub(crate) struct Call {
-    pub app: Arc<App>,
-    pub caller: Caller,
-    pub record: Arc<Record>,
-    pub headers: HeaderMap,
-    /// The part of the path that the route leaves open.
-    pub name: String,
-    /// Behind a lock only because a body may not be shared between threads.
-    pub body: Mutex<Body>,
-}
-
-impl Call {
-    /// Lets the request in as far as its headers tell, and reads its body.
-    pub async fn read(&mut self, load: Load) -> Result<(Bytes, Reservation), ApiError> {
-        let mut reservation = self.app.admission.reserve(load)?;
-        let body = std::mem::take(self.body.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let bytes = body::read(&self.headers, body, &self.app.config.limits, &mut reservation).await?;
-        Ok((bytes, reservation))
-    }
-
-    /// Reads a body of a management route and hands its fields to `parse`.
-    pub async fn read_fields<T>(
-        &mut self,
-        parse: impl FnOnce(&mut Fields<'_>) -> Result<T, ApiError>,
+    /// Runs `call`, which may wait for the step thread or read files, off the threads that do HTTP.
+    pub async fn call<T: Send + 'static>(
+        self: &Arc<Self>,
+        call: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let bytes = body::announced(&self.headers).unwrap_or(0);
-        let (bytes, _reservation) = self.read(Load { bytes, ..Load::default() }).await?;
-        let mut fields = Fields::parse(&bytes, self.app.config.limits.max_json_depth)?;
-        let parsed = parse(&mut fields)?;
-        self.app.check_unknown(&fields)?;
-        Ok(parsed)
-    }
-
-    /// Parses a body: a long one on the text pool, so that it holds up nobody.
-    pub async fn parse<T: Send + 'static>(
-        &self,
-        bytes: Bytes,
-        parse: fn(&App, &mut Fields<'_>) -> Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        let app = self.app.clone();
-        let num_bytes = bytes.len();
-        let work = move || {
-            let mut fields = Fields::parse(&bytes, app.config.limits.max_json_depth)?;
-            let parsed = parse(&app, &mut fields)?;
-            app.check_unknown(&fields)?;
-            Ok(parsed)
+        let app = self.clone();
+        let run = async move {
+            let Ok(permit) = app.calls.clone().acquire_owned().await else {
+                return Err(ApiError::unavailable("the server is shutting down"));
+            };
+            let work = move || {
+                let result = call(&app);
+                drop(permit);
+                result
+            };
+            tokio::task::spawn_blocking(work)
+                .await
+                .unwrap_or_else(|_| Err(ApiError::internal("the call broke on an internal error")))
         };
-        if num_bytes > LONG_BODY_BYTES { self.app.text_pool.run(num_bytes, work).await } else { work() }
+        tokio::time::timeout(CALL_TIMEOUT, run)
+            .await
+            .unwrap_or_else(|_| Err(ApiError::unavailable("the engine did not answer in time")))
     }
+}
+
+/// Whether a string can be an adapter's name.
+pub(crate) fn is_adapter_name(name: &str) -> bool {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    (1..=Runtime::MAX_NAME_LEN).contains(&name.len()) && name.bytes().all(is_allowed)
 }

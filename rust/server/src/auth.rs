@@ -16,7 +16,7 @@ pub(crate) type KeyHash = [u8; 32];
 
 /// What a route asks of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
+pub enum Level {
     /// Nothing.
     Open,
     /// A user's key; an admin's does too.

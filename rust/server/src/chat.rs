@@ -1,145 +1,148 @@
 //! `POST /v1/chat/completions`.
 
-use axum::body::Body;
-use axum::http::Response;
 use serde_json::{Map, Value};
-use slora_text::ChatInput;
+use slora_text::{ChatInput, TextModel};
 
-use crate::app::{App, Call};
-use crate::complete::{self, Wanted};
-use crate::errors::ApiError;
+use crate::app::App;
+use crate::completions::no_tokenizer;
+use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
+use crate::inference::{Inference, admit, check_text_len, run};
 use crate::log::unix_time_s;
-use crate::prompts::PromptInput;
-use crate::reply::Shape;
-use crate::sampling;
+use crate::reply::{Prompt, Shape};
+use crate::router::{Answer, Call};
+use crate::sampling::{self, take_streaming};
 
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+/// Fields of completions, or of other servers' chats, that mean nothing good here.
+const UNSUPPORTED: &[(&str, &[&str])] = &[
+    ("chat_template", &[]),
+    ("documents", &["[]"]),
+    ("echo", &["false"]),
+    ("add_special_tokens", &["false"]),
+    ("reasoning_effort", &["\"none\""]),
+];
 
-pub(crate) async fn create(call: Call) -> Result<Response<Body>, ApiError> {
-    complete::run(call, parse).await
-}
-
-fn parse(app: &App, fields: &mut Fields<'_>) -> Result<Wanted, ApiError> {
-    let input = take_input(app, fields)?;
-    let wants_logprobs = fields.take("logprobs")?.unwrap_or(false);
-    let top: Option<u32> = fields.take("top_logprobs")?;
-    if top.is_some_and(|top| top > 0) && !wants_logprobs {
-        return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs to be true"));
+/// The route.
+pub(crate) async fn complete(mut call: Call) -> Answer {
+    let app = call.app.clone();
+    let body = call.body.clone();
+    let mut fields = Fields::parse(&body, app.config.limits.max_json_depth)?;
+    let target = app.resolve(&call.caller, fields.require("model")?)?;
+    let streaming = take_streaming(&mut fields)?;
+    for (name, idle) in UNSUPPORTED {
+        fields.refuse(name, idle)?;
     }
-    let logprobs = wants_logprobs.then(|| top.unwrap_or(0));
-    fields.refuse("echo", &["false"])?;
-    let mut sampling = sampling::take(fields, &app.config.sampling_defaults, &app.config.limits)?;
-    sampling.params.logprobs = logprobs;
-    sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
-    let streaming = sampling::take_streaming(fields)?;
-    if streaming.is_on && sampling.params.prompt_logprobs.is_some() {
-        return Err(ApiError::unsupported("prompt_logprobs", "prompt_logprobs is not supported when stream is true"));
-    }
+    let input = take_input(&app, &mut fields)?;
+    let logprobs = take_logprobs(&mut fields)?;
+    let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
     fields.ignore(&["request_id"]);
-    Ok(Wanted {
-        shape: Shape::Chat,
-        model: fields.take("model")?,
-        prompts: vec![PromptInput::Chat(Box::new(input))],
-        sampling,
-        streaming,
-        echo: false,
-        logprobs,
-        add_special_tokens: fields.take("add_special_tokens")?,
-        return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
-    })
+    let mut sampling = sampling::take(&mut fields, &app.config.sampling_defaults, &app.config.limits)?;
+    app.note_unknown(&fields)?;
+    sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
+    sampling.params.logprobs = logprobs;
+    let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
+    let config = app.runtime.config();
+    sampling.check(config.vocab_size)?;
+    let admitted = admit(&mut call, &[body.len()], sampling.n)?;
+
+    let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
+    let (cut, max_context, pool) = (sampling.clone(), config.max_context, app.clone());
+    let work = move || {
+        let mut ids = encode(&pool, &text, &input)?;
+        cut.truncate(&mut ids, max_context);
+        Ok(vec![Prompt { ids, text: String::new() }])
+    };
+    let prompts = app.text_pool.run(body.len(), work).await?;
+    let (shape, echo) = (Shape::Chat, false);
+    let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
+    run(call, admitted, inference, prompts).await
 }
 
-/// What the template is rendered with. Templates come from the model's folder, never from a request.
-pub(crate) fn take_input(app: &App, fields: &mut Fields<'_>) -> Result<ChatInput, ApiError> {
-    fields.refuse("chat_template", &[])?;
-    let limit = app.config.limits.max_message_bytes;
-    let raw = fields.raw("messages").ok_or_else(|| ApiError::invalid("messages", "messages is missing"))?;
-    if raw.get().len() > limit {
-        let message = format!("messages has {} bytes, the limit is {limit}", raw.get().len());
-        return Err(ApiError::invalid("messages", message));
-    }
-    let messages: Vec<Value> =
-        serde_json::from_str(raw.get()).map_err(|error| crate::fields::type_error("messages", &error))?;
-    let continues = fields.take("continue_final_message")?.unwrap_or(false);
-    let mut kwargs: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
-    if let Some(effort) = fields.take::<String>("reasoning_effort")? {
-        kwargs.insert("reasoning_effort".into(), Value::String(effort));
-    }
-    Ok(ChatInput {
-        messages: Value::Array(checked(messages, app.config.limits.max_messages)?),
-        tools: None,
-        documents: fields.take("documents")?,
-        add_generation_prompt: fields.take("add_generation_prompt")?.unwrap_or(!continues),
-        continue_final_message: continues,
-        kwargs,
-        now_unix_s: unix_time_s() as i64,
-        utc_offset_s: 0,
-    })
+/// Messages → ids, with the length of the rendered text checked in between.
+pub(crate) fn encode(app: &App, text: &TextModel, input: &ChatInput) -> Result<Vec<u32>, ApiError> {
+    let prompt = text.render_chat(input).map_err(|error| text_error(&error))?;
+    check_text_len(app, prompt.len())?;
+    text.encode(&prompt, false).map_err(|error| text_error(&error))
 }
 
-fn checked(mut messages: Vec<Value>, limit: usize) -> Result<Vec<Value>, ApiError> {
-    if messages.is_empty() || messages.len() > limit {
-        let message = format!("messages has {} entries, it must have 1 to {limit}", messages.len());
+/// The fields that the chat template sees.
+pub(crate) fn take_input(app: &App, fields: &mut Fields) -> Result<ChatInput, ApiError> {
+    let limits = &app.config.limits;
+    let mut messages: Vec<Map<String, Value>> = fields.require("messages")?;
+    if messages.is_empty() || messages.len() > limits.max_messages {
+        let message = format!("messages has {} entries, it must have 1 to {}", messages.len(), limits.max_messages);
         return Err(ApiError::invalid("messages", message));
     }
     for (index, message) in messages.iter_mut().enumerate() {
-        check_message(message).map_err(|reason| {
-            let at = format!("messages[{index}]");
-            ApiError::invalid(&at, format!("{at}{reason}"))
-        })?;
+        check_message(index, message)?;
     }
-    Ok(messages)
+    let bytes: usize = messages.iter().filter_map(|message| message.get("content")?.as_str()).map(str::len).sum();
+    if bytes > limits.max_message_bytes {
+        let message = format!("messages have {bytes} bytes of content, the limit is {}", limits.max_message_bytes);
+        return Err(ApiError::invalid("messages", message));
+    }
+    let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message);
+    if add_generation_prompt && continue_final_message {
+        let message = "continue_final_message and add_generation_prompt exclude each other";
+        return Err(ApiError::invalid("continue_final_message", message));
+    }
+    Ok(ChatInput {
+        messages: Value::Array(messages.into_iter().map(Value::Object).collect()),
+        add_generation_prompt,
+        continue_final_message,
+        kwargs: fields.take("chat_template_kwargs")?.unwrap_or_default(),
+        now_unix_s: unix_time_s() as i64,
+        ..ChatInput::default()
+    })
 }
 
-/// Roles are known ones, and content becomes one string, as templates for text expect it.
-fn check_message(message: &mut Value) -> Result<(), String> {
-    let Some(fields) = message.as_object_mut() else { return Err(" must be an object".into()) };
-    let role = fields.get("role").and_then(Value::as_str).unwrap_or_default().to_owned();
-    if !ROLES.contains(&role.as_str()) {
-        return Err(format!(".role is {:?}, it must be one of {}", crate::fields::shown(&role), ROLES.join(", ")));
+/// A role, and content that is text: parts are joined by line breaks, as most templates know strings only.
+fn check_message(index: usize, message: &mut Map<String, Value>) -> Result<(), ApiError> {
+    let invalid = |what: &str| Err(ApiError::invalid("messages", format!("messages[{index}] {what}")));
+    if !message.get("role").is_some_and(|role| role.as_str().is_some_and(|role| !role.is_empty())) {
+        return invalid("has no role");
     }
-    let content = match fields.get("content") {
-        Some(Value::String(_)) => return Ok(()),
-        None | Some(Value::Null) if role == "assistant" => String::new(),
-        Some(Value::Array(parts)) => joined(parts)?,
-        _ => return Err(".content must be a string or a list of text parts".into()),
-    };
-    fields.insert("content".into(), Value::String(content));
-    Ok(())
+    if message.get("tool_calls").is_some_and(|calls| !calls.is_null() && calls.as_array().is_none_or(|c| !c.is_empty()))
+    {
+        return Err(ApiError::unsupported(
+            "messages",
+            format!("messages[{index}] has tool_calls, which are not supported"),
+        ));
+    }
+    match message.get("content") {
+        Some(Value::String(_)) => Ok(()),
+        Some(Value::Array(parts)) => {
+            let texts: Option<Vec<&str>> = parts.iter().map(part_text).collect();
+            let Some(texts) = texts else {
+                let message = format!("messages[{index}] has a part that is not text, which is not supported");
+                return Err(ApiError::unsupported("messages", message));
+            };
+            let joined = texts.join("\n");
+            message.insert("content".into(), Value::String(joined));
+            Ok(())
+        }
+        _ => invalid("has no content, a string or a list of text parts"),
+    }
 }
 
-fn joined(parts: &[Value]) -> Result<String, String> {
-    fn text((index, part): (usize, &Value)) -> Result<&str, String> {
-        let text = match part {
-            Value::String(text) => Some(text.as_str()),
-            part if part["type"] == "text" => part["text"].as_str(),
-            _ => None,
-        };
-        text.ok_or_else(|| format!(".content[{index}] must be of type text, with a text: the model reads nothing else"))
+fn part_text(part: &Value) -> Option<&str> {
+    match part {
+        Value::String(text) => Some(text),
+        Value::Object(part) if part.get("type").is_some_and(|kind| kind == "text") => part.get("text")?.as_str(),
+        _ => None,
     }
-    let texts: Result<Vec<&str>, String> = parts.iter().enumerate().map(text).collect();
-    Ok(texts?.join("\n"))
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn text_parts_are_joined_and_others_refused() {
-        let mut message = json!({"role": "user", "content": [{"type": "text", "text": "a"}, "b"]});
-        check_message(&mut message).unwrap();
-        assert_eq!(message["content"], "a\nb");
-        let bad = [
-            json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}),
-            json!({"role": "robot", "content": "a"}),
-            json!({"role": "user"}),
-            json!({"role": "user", "content": 5}),
-            json!("text"),
-        ];
-        assert!(bad.into_iter().all(|mut message| check_message(&mut message).is_err()));
+/// `logprobs` turns them on, `top_logprobs` says how many.
+fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let is_on = fields.take("logprobs")?.unwrap_or(false);
+    let top: Option<u32> = fields.take("top_logprobs")?;
+    match (is_on, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => {
+            Err(ApiError::invalid("top_logprobs", "top_logprobs is only allowed when logprobs is true"))
+        }
     }
 }

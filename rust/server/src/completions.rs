@@ -1,49 +1,152 @@
-//! `POST /v1/completions`.
+//! `POST /v1/completions`: text or token ids, one prompt or several.
 
-use axum::body::Body;
-use axum::http::Response;
+use serde_json::value::RawValue;
+use slora_text::TextModel;
 
-use crate::app::{App, Call};
-use crate::complete::{self, Wanted};
 use crate::errors::ApiError;
-use crate::fields::Fields;
-use crate::prompts;
-use crate::reply::Shape;
-use crate::sampling;
+use crate::fields::{Fields, type_error};
+use crate::inference::{Inference, admit, check_text_len, run};
+use crate::reply::{Prompt, Shape};
+use crate::router::{Answer, Call};
+use crate::sampling::{self, take_streaming};
 
-/// Tokens that are generated when nobody says how many.
+/// Tokens that a completion has when it does not say how many.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
-pub(crate) async fn create(call: Call) -> Result<Response<Body>, ApiError> {
-    complete::run(call, parse).await
+/// A prompt as it was sent.
+enum Given {
+    Text(String),
+    Ids(Vec<u32>),
 }
 
-fn parse(app: &App, fields: &mut Fields<'_>) -> Result<Wanted, ApiError> {
-    let missing = || ApiError::invalid("prompt", "prompt is missing");
-    let prompts = prompts::parse(fields.raw("prompt").ok_or_else(missing)?)?;
+impl Given {
+    /// At most so many tokens; a special token may come before a text.
+    fn max_tokens(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len() + 1,
+            Self::Ids(ids) => ids.len(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Ids(_) => 0,
+        }
+    }
+}
+
+/// The route.
+pub(crate) async fn complete(mut call: Call) -> Answer {
+    let app = call.app.clone();
+    let body = call.body.clone();
+    let mut fields = Fields::parse(&body, app.config.limits.max_json_depth)?;
+    let target = app.resolve(&call.caller, fields.require("model")?)?;
+    let streaming = take_streaming(&mut fields)?;
+    let given = take_prompt(&mut fields)?;
     let echo = fields.take("echo")?.unwrap_or(false);
     let logprobs: Option<u32> = fields.take("logprobs")?;
-    let mut sampling = sampling::take(fields, &app.config.sampling_defaults, &app.config.limits)?;
+    let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
+    let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
+    fields.ignore(&["request_id"]);
+    let mut sampling = sampling::take(&mut fields, &app.config.sampling_defaults, &app.config.limits)?;
+    app.note_unknown(&fields)?;
+    sampling.max_tokens.get_or_insert(app.config.sampling_defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
     sampling.params.logprobs = logprobs;
+    let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
     if echo && logprobs.is_some() {
         sampling.params.prompt_logprobs = sampling.params.prompt_logprobs.max(logprobs);
     }
-    let default = app.config.sampling_defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    sampling.max_tokens = sampling.max_tokens.or(Some(default));
-    let streaming = sampling::take_streaming(fields)?;
-    if streaming.is_on && !echo && sampling.params.prompt_logprobs.is_some() {
-        return Err(ApiError::unsupported("prompt_logprobs", "prompt_logprobs is not supported when stream is true"));
+    let config = app.runtime.config();
+    sampling.check(config.vocab_size)?;
+    given.iter().try_for_each(|prompt| check_text_len(&app, prompt.bytes()))?;
+    let bounds: Vec<usize> = given.iter().map(Given::max_tokens).collect();
+    let admitted = admit(&mut call, &bounds, sampling.n)?;
+
+    let bytes = given.iter().map(Given::bytes).sum();
+    let text = app.runtime.text().cloned();
+    let (cut, max_context) = (sampling.clone(), config.max_context);
+    let work = move || {
+        let prompt = |given| {
+            let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
+            cut.truncate(&mut ids, max_context);
+            let text = if echo { echoed(text.as_deref(), &ids)? } else { String::new() };
+            Ok(Prompt { ids, text })
+        };
+        given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
+    };
+    let prompts = app.text_pool.run(bytes, work).await?;
+    let shape = Shape::Completion;
+    let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
+    run(call, admitted, inference, prompts).await
+}
+
+/// A string, a list of strings, ids, or a list of lists of ids.
+fn take_prompt(fields: &mut Fields) -> Result<Vec<Given>, ApiError> {
+    let Some(raw) = fields.raw("prompt") else {
+        let message = "prompt is missing";
+        return Err(ApiError::new(axum::http::StatusCode::BAD_REQUEST, "missing_required_parameter", message)
+            .with_param("prompt"));
+    };
+    let given = parse_prompt(raw).map_err(|error| type_error("prompt", &error))?;
+    if given.is_empty() || given.iter().any(|prompt| matches!(prompt, Given::Ids(ids) if ids.is_empty())) {
+        return Err(ApiError::invalid("prompt", "the prompt is empty, it must hold at least 1 token"));
     }
-    fields.ignore(&["request_id"]);
-    Ok(Wanted {
-        shape: Shape::Completion,
-        model: fields.take("model")?,
-        prompts,
-        sampling,
-        streaming,
-        echo,
-        logprobs,
-        add_special_tokens: fields.take("add_special_tokens")?,
-        return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
-    })
+    Ok(given)
+}
+
+fn parse_prompt(raw: &RawValue) -> Result<Vec<Given>, serde_json::Error> {
+    let text = raw.get();
+    // The first character that is neither blank nor the outer bracket tells which of the four it is.
+    let inner = text.trim_start_matches(['[', ' ', '\t', '\n', '\r']).chars().next();
+    let brackets = text.chars().take_while(|c| !matches!(c, '0'..='9' | '"' | ']')).filter(|c| *c == '[').count();
+    match (brackets, inner) {
+        (0, _) => Ok(vec![Given::Text(serde_json::from_str(text)?)]),
+        (1, Some('"')) => Ok(serde_json::from_str::<Vec<String>>(text)?.into_iter().map(Given::Text).collect()),
+        (1, _) => Ok(vec![Given::Ids(serde_json::from_str(text)?)]),
+        _ => Ok(serde_json::from_str::<Vec<Vec<u32>>>(text)?.into_iter().map(Given::Ids).collect()),
+    }
+}
+
+fn ids(text: Option<&TextModel>, given: Given, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
+    match (given, text) {
+        (Given::Ids(ids), _) => Ok(ids),
+        (Given::Text(prompt), Some(model)) => {
+            model.encode(&prompt, add_special_tokens).map_err(|error| crate::errors::text_error(&error))
+        }
+        (Given::Text(_), None) => Err(no_tokenizer()),
+    }
+}
+
+fn echoed(text: Option<&TextModel>, ids: &[u32]) -> Result<String, ApiError> {
+    let Some(model) = text else { return Ok(String::new()) };
+    model.decode(ids, true).map_err(|error| crate::errors::text_error(&error))
+}
+
+/// The model folder has no tokenizer.
+pub(crate) fn no_tokenizer() -> ApiError {
+    let message = "the model folder has no tokenizer.json; hint: send token ids";
+    ApiError::new(axum::http::StatusCode::BAD_REQUEST, "no_tokenizer", message).with_param("prompt")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(json: &str) -> Option<(usize, bool)> {
+        let raw: Box<RawValue> = serde_json::from_str(json).unwrap();
+        let given = parse_prompt(&raw).ok()?;
+        Some((given.len(), given.iter().all(|prompt| matches!(prompt, Given::Ids(_)))))
+    }
+
+    #[test]
+    fn a_prompt_has_four_shapes() {
+        assert_eq!(parsed(r#""[1]""#), Some((1, false)));
+        assert_eq!(parsed(r#" ["a", "b"] "#), Some((2, false)));
+        assert_eq!(parsed("[1, 2, 3]"), Some((1, true)));
+        assert_eq!(parsed("[ [1], [2, 3] ]"), Some((2, true)));
+        for bad in ["1", "{}", "[\"a\", 1]", "[1, \"a\"]", "[[1], 2]", "[-1]", "[1.5]", "[[[1]]]", "true"] {
+            assert_eq!(parsed(bad), None, "{bad}");
+        }
+    }
 }

@@ -1,49 +1,45 @@
-//! The OpenAI-compatible HTTP server, with the adapters' lifecycle.
+//! The OpenAI-compatible HTTP server around a [`Runtime`](slora_runtime::Runtime), with the adapters' lifecycle.
 //!
-//! It runs on tokio threads of its own beside the engine: requests go straight into the runtime's inbox, and tokens come
-//! straight out to each request's task, which makes text of them when its socket takes it. No thread here ever calls
-//! Python, and no signal handler is installed: whoever starts the [`Server`] tells it to drain.
+//! Threads of its own do HTTP: they put requests into the runtime's inbox and make text from the ids that come back, so the
+//! thread that runs steps never waits for a client. `docs/http.md` says what each route does.
+//!
+//! ```text
+//!  connection ──▶ router (level, body, limits) ──▶ route ──▶ text pool ──▶ Runtime::submit
+//!  client ◀── sse / whole answer ◀── generation (all choices of one request) ◀── Output
+//! ```
 #![forbid(unsafe_code)]
 
 mod adapters;
 mod admission;
 mod app;
 mod auth;
-mod body;
 mod chat;
-mod complete;
 mod completions;
 mod config;
-mod connections;
+mod connection;
 mod errors;
-mod exposition;
 mod fields;
 mod generation;
 mod health;
 mod histogram;
+mod inference;
 mod keys_file;
-mod lifecycle;
+pub mod load;
 mod log;
 mod logprobs;
 mod metrics;
-mod model_name;
 mod models;
-mod page;
-mod paths;
-mod prompts;
 mod quota;
 mod record;
 mod reply;
-mod residency;
-mod routes;
+mod router;
 mod sampling;
 mod server;
-mod sources;
 mod sse;
 mod text_pool;
-mod tokens;
-mod vllm_adapters;
-mod watch;
+mod tokenize;
 
+pub use auth::Level;
 pub use config::{AdapterFlag, Limits, SamplingDefaults, Secret, ServerConfig};
+pub use router::{RouteInfo, routes};
 pub use server::{ServeError, Server};

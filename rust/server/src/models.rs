@@ -1,54 +1,55 @@
-//! `GET /v1/models` and `/v1/models/{id}`.
+//! `GET /v1/models`: the base model first, then what the key may use.
 
-use axum::body::Body;
-use axum::http::Response;
 use serde_json::{Value, json};
 use slora_runtime::AdapterDetails;
 
-use crate::app::{App, Call};
+use crate::app::{App, is_adapter_name};
+use crate::auth::Caller;
 use crate::errors::ApiError;
-use crate::model_name::adapter_part;
-use crate::routes::json_response;
+use crate::fields::shown;
+use crate::router::{Answer, Call, json_response};
 
-fn entry(app: &App, id: &str, created: u64, root: &str, parent: Option<&str>) -> Value {
-    json!({
-        "id": id, "object": "model", "created": created, "owned_by": "slora", "root": root, "parent": parent,
-        "max_model_len": app.runtime.config().max_context, "permission": [],
-    })
-}
-
-fn base(app: &App, name: &str) -> Value {
-    entry(app, name, app.created, &app.config.model, None)
-}
-
-fn adapter(app: &App, details: &AdapterDetails) -> Value {
-    let root = details.checkpoint.as_ref().map(|checkpoint| checkpoint.report().folder.display().to_string());
-    let created = app.sources.created(&details.info.name).unwrap_or(app.created);
-    entry(app, &details.info.name, created, &root.unwrap_or_default(), Some(&app.base_names[0]))
-}
-
-/// The base first, then the adapters that the key may use.
-pub(crate) async fn list(call: Call) -> Result<Response<Body>, ApiError> {
-    let app = &call.app;
-    let adapters = app.on_runtime(|app| app.runtime.adapters()).await??;
-    let bases = app.base_names.iter().filter(|name| call.caller.may_use(name)).map(|name| base(app, name));
-    let adapters = adapters.iter().filter(|details| call.caller.may_use(&details.info.name));
-    let data: Vec<Value> = bases.chain(adapters.map(|details| adapter(app, details))).collect();
+/// All models that the caller may use.
+pub(crate) async fn list(call: Call) -> Answer {
+    let Call { app, caller, .. } = call;
+    let adapters = app.call(|app| Ok(app.runtime.adapters()?)).await?;
+    let bases = app.base_names.iter().filter(|_| may_use_base(&app, &caller)).map(|name| base(&app, name));
+    let usable = adapters.iter().filter(|details| caller.may_use(&details.info.name));
+    let data: Vec<Value> = bases.chain(usable.map(|details| adapter(&app, details))).collect();
     Ok(json_response(&json!({"object": "list", "data": data})))
 }
 
-/// One of them; ids may hold slashes.
-pub(crate) async fn show(call: Call) -> Result<Response<Body>, ApiError> {
-    let app = &call.app;
-    let id = call.name.clone();
-    let not_found = || ApiError::model_not_found(&crate::fields::shown(&id));
-    if app.base_names.contains(&id) {
-        return if call.caller.may_use(&id) { Ok(json_response(&base(app, &id))) } else { Err(not_found()) };
+/// One model. What the caller may not use is as unknown as what is not there.
+pub(crate) async fn get(call: Call) -> Answer {
+    let Call { app, caller, param: id, .. } = call;
+    let unknown = ApiError::model_not_found(&shown(&id));
+    if app.base_names.contains(&id) && may_use_base(&app, &caller) {
+        return Ok(json_response(&base(&app, &id)));
     }
-    let name = adapter_part(&app.base_names, &id).to_owned();
-    if !call.caller.may_use(&name) {
-        return Err(not_found());
+    let name = app.resolve(&caller, id)?.adapter.ok_or_else(|| unknown.clone())?;
+    if !is_adapter_name(&name) {
+        return Err(unknown);
     }
-    let details = app.on_runtime(move |app| app.runtime.adapter(&name)).await??.ok_or_else(not_found)?;
-    Ok(json_response(&adapter(app, &details)))
+    let details = app.call(move |app| Ok(app.runtime.adapter(&name)?)).await?.ok_or(unknown)?;
+    Ok(json_response(&adapter(&app, &details)))
+}
+
+fn may_use_base(app: &App, caller: &Caller) -> bool {
+    app.base_names.iter().any(|name| caller.may_use(name))
+}
+
+fn base(app: &App, name: &str) -> Value {
+    model(app, name, Some(&app.config.model), None)
+}
+
+fn adapter(app: &App, details: &AdapterDetails) -> Value {
+    let folder = details.checkpoint.as_ref().map(|adapter| adapter.report().folder.to_string_lossy());
+    model(app, &details.info.name, folder.as_deref(), app.base_names.first().map(String::as_str))
+}
+
+fn model(app: &App, id: &str, root: Option<&str>, parent: Option<&str>) -> Value {
+    json!({
+        "id": id, "object": "model", "created": app.started_unix_s, "owned_by": "slora", "root": root, "parent": parent,
+        "max_model_len": app.runtime.config().max_context, "permission": [],
+    })
 }

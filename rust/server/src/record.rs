@@ -44,10 +44,6 @@ impl Record {
         Self { id, method, started: Instant::now(), facts: Mutex::default(), log, metrics }
     }
 
-    pub fn count_rejected(&self, cause: &'static str) {
-        self.metrics.count_rejected(cause);
-    }
-
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -167,8 +167,13 @@ impl Reply {
 
     /// How every event begins.
     pub fn head(&self) -> Vec<u8> {
-        let (id, object, created, model) = (json!(self.id), self.object(true), self.created, json!(self.model));
-        format!("data: {{\"id\":{id},\"object\":\"{object}\",\"created\":{created},\"model\":{model},\"choices\":[")
+        let fields = json!({
+            "id": self.id, "object": self.object(true), "created": self.created, "model": self.model, "choices": [],
+        });
+        // `choices` comes last among the keys, whatever order a map keeps: it is cut off and written by hand.
+        let (id, object) = (&fields["id"], &fields["object"]);
+        let (created, model) = (&fields["created"], &fields["model"]);
+        format!("data: {{\"id\":{id},\"object\":{object},\"created\":{created},\"model\":{model},\"choices\":[")
             .into_bytes()
     }
 

@@ -1,98 +1,112 @@
-//! Starting and stopping.
+//! The server's life: what is checked before it listens, the threads that serve, drain and stop.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
+use axum::Router;
 use serde_json::json;
-use slora_runtime::Runtime;
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use slora_runtime::{Runtime, State};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
 
-use crate::app::App;
+use crate::app::{App, is_adapter_name};
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
-use crate::routes::router;
-use crate::sources::Origin;
-use crate::watch::Watch;
-use crate::{connections, keys_file, lifecycle};
+use crate::router::{Peer, router};
+use crate::{connection, keys_file};
 
+/// Connections that the system may hold until they are taken.
+const BACKLOG: i32 = 4096;
+/// Threads for files, text and calls to the step thread.
+const MAX_BLOCKING_THREADS: usize = 64;
+/// How long answers that are being written may take to go out when the server stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two looks at the keys file and at the engine's progress.
+const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+/// Pause after a connection could not be taken, which mostly means that no descriptors are left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}")]
-    Listen {
-        /// Where.
-        address: String,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// The system has no threads or descriptors left.
-    #[error("the system refuses: {0}")]
-    System(#[from] std::io::Error),
-    /// An adapter of the command line cannot be served.
-    #[error("adapter {name:?}: {message}")]
+    /// A value of the configuration is out of range.
+    #[error("{0}")]
+    Config(String),
+    /// An adapter from the command line cannot be served.
+    #[error("adapter {name:?}: {reason}")]
     Adapter {
         /// Its name.
         name: String,
-        /// Why not.
-        message: String,
+        /// Why.
+        reason: String,
     },
-    /// A setting that cannot be.
-    #[error("{0}")]
-    Config(String),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Bind {
+        /// Host and port.
+        address: String,
+        /// The system's error.
+        error: std::io::Error,
+    },
+    /// A thread cannot be started.
+    #[error("cannot start the server's threads: {0}")]
+    Threads(std::io::Error),
 }
 
-/// A running server. Dropping it stops it at once.
+/// A running server. Dropping it stops it.
 pub struct Server {
     app: Arc<App>,
-    threads: Option<tokio::runtime::Runtime>,
-    closing: watch::Sender<bool>,
     address: SocketAddr,
     metrics_address: Option<SocketAddr>,
+    stop: watch::Sender<bool>,
+    threads: Mutex<Option<tokio::runtime::Runtime>>,
 }
 
 impl Server {
-    /// Registers the configured adapters, then listens. The step thread must be running: it registers them.
+    /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
+    ///
+    /// Adapters are registered by the runtime's step thread, which must be running.
     ///
     /// # Errors
-    /// An address that cannot be had, an adapter that cannot be served, a setting that cannot be.
+    /// Whatever is wrong with the configuration, an adapter or the address.
     pub fn start(config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
         check(&config)?;
+        let roots = roots(&config)?;
+        let log = Log::start().map_err(ServeError::Threads)?;
+        let app = Arc::new(App::new(config, runtime, roots, log));
+        let config = &app.config;
+        register(&app)?;
+        if let Some(path) = &config.api_keys_file {
+            app.auth.set_file_keys(keys_file::read(path).map_err(ServeError::Config)?);
+        }
+        let (listener, address) = bind(&config.host, config.port)?;
+        let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+        let metrics_address = metrics.as_ref().map(|(_, address)| *address);
         let threads = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.threads())
-            .max_blocking_threads(config.limits.text_threads * 2 + 40)
+            .max_blocking_threads(MAX_BLOCKING_THREADS)
             .thread_name("slora-http")
             .enable_all()
-            .build()?;
-        let address = resolve(&config.host, config.port)?;
-        let metrics = config.metrics_port.map(|port| resolve(&config.host, port)).transpose()?;
-        let app = Arc::new(App::new(config, runtime, Log::start()?));
-        read_keys(&app).map_err(ServeError::Config)?;
-        let folder = register_configured(&app)?;
-        let _guard = threads.enter();
-        let (closing, closed) = watch::channel(false);
-        let open = |address: SocketAddr, only_open: bool| -> Result<SocketAddr, ServeError> {
-            let failed = |source| ServeError::Listen { address: address.to_string(), source };
-            let listener = TcpListener::from_std(connections::listen(address).map_err(failed)?)?;
-            let address = listener.local_addr()?;
-            tokio::spawn(connections::serve(app.clone(), router(&app, only_open), listener, closed.clone()));
-            Ok(address)
-        };
-        let metrics_address = metrics.map(|address| open(address, true)).transpose()?;
-        let address = open(address, false)?;
-        tokio::spawn(lifecycle::watch(app.clone()));
-        tokio::spawn(watch_keys(app.clone()));
-        if app.config.adapter_dir.is_some() {
-            tokio::spawn(crate::watch::run(app.clone(), folder));
+            .build()
+            .map_err(ServeError::Threads)?;
+        let (stop, stopped) = watch::channel(false);
+        let doors = [Some((listener, false)), metrics.map(|(listener, _)| (listener, true))];
+        for (listener, is_metrics_port) in doors.into_iter().flatten() {
+            let _context = threads.enter();
+            let listener = TcpListener::from_std(listener).map_err(ServeError::Threads)?;
+            let door = Door { app: app.clone(), router: router(&app), is_metrics_port, stopped: stopped.clone() };
+            threads.spawn(door.open(listener));
         }
-        app.log.line("listening", json!({"address": address.to_string(), "keys": app.auth.has_keys()}));
-        drop(_guard);
-        Ok(Self { app, threads: Some(threads), closing, address, metrics_address })
+        threads.spawn(watch_keys(app.clone()));
+        threads.spawn(watch_steps(app.clone()));
+        app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
+        Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
     }
 
     /// Where it listens.
@@ -100,52 +114,41 @@ impl Server {
         self.address
     }
 
-    /// Where probes and scrapers are answered without a key.
+    /// Where the second port listens, if there is one.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
     }
 
-    /// Takes no new work; what is running goes on. Readiness turns false.
+    /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
     pub fn begin_drain(&self) {
-        if !self.app.lifecycle.is_draining() {
-            self.app.log.line("draining", json!({"unfinished": self.app.admission.load().requests}));
-        }
-        self.app.lifecycle.begin_drain();
-        self.app.admission.close();
+        self.app.drain();
     }
 
-    /// Waits until nothing is unfinished, or the time is over. Whether nothing is.
+    /// Waits until everything that was let in has ended after [`begin_drain`](Self::begin_drain), or the server was
+    /// stopped; whether that is so within `timeout`.
     pub fn wait(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
-            let is_done = self.app.admission.load().requests == 0;
+            let is_over = *self.stop.borrow() || (self.app.is_draining() && self.app.is_idle());
             let left = deadline.saturating_duration_since(Instant::now());
-            if is_done || left.is_zero() {
-                return is_done;
+            if is_over || left.is_zero() {
+                return is_over;
             }
             std::thread::sleep(left.min(Duration::from_millis(10)));
         }
     }
 
-    /// Requests that have not ended.
-    pub fn num_unfinished(&self) -> u64 {
-        self.app.admission.load().requests
-    }
-
-    /// Closes every connection and joins the threads. Unfinished requests are cancelled.
-    pub fn stop(&mut self) {
-        self.begin_drain();
-        let _ = self.closing.send(true);
-        if let Some(threads) = self.threads.take() {
-            // Idle connections close at once; answers that are being written get a moment.
-            let deadline = Instant::now() + Duration::from_millis(500);
-            let open = &self.app.metrics.open_connections;
-            while open.load(std::sync::atomic::Ordering::Relaxed) > 0 && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            threads.shutdown_timeout(Duration::from_secs(5));
-            self.app.log.line("stopped", json!({}));
+    /// Stops: answers that are whole still go out, everything else is cut off and its requests cancelled.
+    pub fn stop(&self) {
+        self.app.drain();
+        self.stop.send_replace(true);
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(threads) = threads else { return };
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.app.metrics.open_connections.load(Ordering::Relaxed) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
         }
+        threads.shutdown_timeout(STOP_TIMEOUT);
     }
 }
 
@@ -155,76 +158,166 @@ impl Drop for Server {
     }
 }
 
-/// A time of the configuration; nonsense was refused at the start.
-pub(crate) fn seconds(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1))
-}
-
 fn check(config: &ServerConfig) -> Result<(), ServeError> {
     let limits = &config.limits;
     let times = [
-        ("adapter_poll_s", config.adapter_poll_s),
         ("header_timeout_s", limits.header_timeout_s),
         ("body_timeout_s", limits.body_timeout_s),
         ("stall_timeout_s", limits.stall_timeout_s),
+        ("accept_timeout_s", limits.accept_timeout_s),
         ("keep_alive_s", limits.keep_alive_s),
     ];
-    if let Some((name, value)) = times.iter().find(|(_, value)| !(0.001..=86_400.0).contains(value)) {
-        return Err(ServeError::Config(format!("{name} is {value}, it must be between 0.001 and 86400")));
+    for (name, value) in times {
+        if !(value > 0.0 && value <= 86_400.0) {
+            return Err(ServeError::Config(format!("{name} is {value}, it must be above 0 and at most 86400")));
+        }
     }
-    let is_prefix = |prefix: &str| !prefix.is_empty() && prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    if !is_prefix(&config.metrics_prefix) {
-        return Err(ServeError::Config(format!("metrics_prefix is {:?}, it must be letters", config.metrics_prefix)));
+    if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
+        let message = format!("step_timeout_s is {}, it must be 0 to 86400", config.step_timeout_s);
+        return Err(ServeError::Config(message));
     }
-    if config.adapter_chat_templates {
-        return Err(ServeError::Config("adapter_chat_templates is not supported yet".into()));
-    }
-    let short = config.api_keys.iter().chain(&config.admin_keys).any(|key| key.0.trim().is_empty());
-    if short { Err(ServeError::Config("an API key is empty".into())) } else { Ok(()) }
-}
-
-fn resolve(host: &str, port: u16) -> Result<SocketAddr, ServeError> {
-    let failed = |source| ServeError::Listen { address: format!("{host}:{port}"), source };
-    let mut found = (host, port).to_socket_addrs().map_err(failed)?;
-    found.next().ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))
-}
-
-fn read_keys(app: &App) -> Result<(), String> {
-    let Some(path) = &app.config.api_keys_file else { return Ok(()) };
-    app.auth.set_file_keys(keys_file::read(path)?);
     Ok(())
 }
 
-/// Reads the keys file again when it changes; a bad one changes nothing.
-async fn watch_keys(app: Arc<App>) {
-    let Some(path) = app.config.api_keys_file.clone() else { return };
-    let stamp = |path: &Path| std::fs::metadata(path).and_then(|file| Ok((file.modified()?, file.len()))).ok();
-    let mut last = stamp(&path);
-    loop {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let now = stamp(&path);
-        if now != last {
-            last = now;
-            match read_keys(&app) {
-                Ok(()) => app.log.line("keys_read", json!({})),
-                Err(error) => app.log.line("keys_not_read", json!({"error": error})),
-            }
+fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
+    let resolve = |path: &PathBuf| {
+        let resolved = path.canonicalize().map_err(|error| error.to_string());
+        let resolved = resolved.and_then(|path| if path.is_dir() { Ok(path) } else { Err("is not a folder".into()) });
+        resolved.map_err(|error| ServeError::Config(format!("adapter root {}: {error}", path.display())))
+    };
+    config.adapter_roots.iter().map(resolve).collect()
+}
+
+/// The adapters of the command line are there before the first request is.
+fn register(app: &App) -> Result<(), ServeError> {
+    for flag in &app.config.adapters {
+        let failed = |reason: String| ServeError::Adapter { name: flag.name.clone(), reason };
+        if app.base_names.contains(&flag.name) {
+            return Err(failed("is the base model's name".into()));
+        }
+        let registered = app.runtime.register(&flag.name, &flag.path, false, flag.pinned);
+        registered.map_err(|error| failed(error.to_string()))?;
+    }
+    match app.base_names.iter().find(|name| name.contains(':')) {
+        Some(name) if is_adapter_name(name) => Ok(()),
+        Some(name) => {
+            let message = format!("served model name {name:?} has a colon, which stands between base and adapter");
+            Err(ServeError::Config(message))
+        }
+        None => Ok(()),
+    }
+}
+
+fn bind(host: &str, port: u16) -> Result<(std::net::TcpListener, SocketAddr), ServeError> {
+    let failed = |error| ServeError::Bind { address: format!("{host}:{port}"), error };
+    let listen = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = std::net::TcpListener::from(socket);
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    let mut last = std::io::ErrorKind::AddrNotAvailable.into();
+    for address in (host, port).to_socket_addrs().map_err(failed)? {
+        match listen(address) {
+            Ok(bound) => return Ok(bound),
+            Err(error) => last = error,
+        }
+    }
+    Err(failed(last))
+}
+
+/// A port that takes connections.
+struct Door {
+    app: Arc<App>,
+    router: Router,
+    is_metrics_port: bool,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Door {
+    async fn open(mut self, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(self.app.config.limits.max_connections));
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = self.stopped.changed() => return,
+            };
+            let Ok((stream, address)) = accepted else {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tokio::spawn(turn_away(stream));
+                continue;
+            };
+            // Without it, small events wait for the client's acknowledgements; a socket that refuses it still works.
+            let _ = stream.set_nodelay(true);
+            let peer = Peer { address: address.ip(), is_metrics_port: self.is_metrics_port };
+            let served = connection::serve(self.app.clone(), self.router.clone(), stream, peer, self.stopped.clone());
+            tokio::spawn(async move {
+                served.await;
+                drop(place);
+            });
         }
     }
 }
 
-/// Adapters of the command line must all be servable; those of the folder are taken as they are.
-fn register_configured(app: &Arc<App>) -> Result<Watch, ServeError> {
-    for adapter in &app.config.adapters {
-        let failed = |message: String| ServeError::Adapter { name: adapter.name.clone(), message };
-        if app.base_names.contains(&adapter.name) {
-            return Err(failed("the base model has this name".into()));
+/// The answer to one connection too many.
+async fn turn_away(mut stream: TcpStream) {
+    let body = ApiError::overloaded("the server has too many open connections", 1).json();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let write = stream.write_all(answer.as_bytes());
+    // The client may be gone already.
+    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+}
+
+/// Reads the keys file again when it changes. A file with a mistake changes nothing.
+async fn watch_keys(app: Arc<App>) {
+    let Some(path) = app.config.api_keys_file.clone() else { return };
+    let stamp = |path: &PathBuf| -> Option<(SystemTime, u64)> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.modified().ok()?, metadata.len()))
+    };
+    let mut seen = None;
+    loop {
+        let at = path.clone();
+        let found = tokio::task::spawn_blocking(move || stamp(&at).map(|stamp| (stamp, keys_file::read(&at)))).await;
+        if let Ok(Some((stamp, keys))) = found
+            && seen.replace(stamp) != Some(stamp)
+        {
+            match keys {
+                Ok(keys) => app.auth.set_file_keys(keys),
+                Err(error) => app.log.line("keys_file_refused", json!({"error": error})),
+            }
         }
-        let registered = app.runtime.register(&adapter.name, &adapter.path, false, adapter.pinned);
-        registered.map_err(|error| failed(ApiError::from(error).message))?;
-        app.sources.set(&adapter.name, Origin::CommandLine);
+        tokio::time::sleep(WATCH_INTERVAL).await;
     }
-    let mut folder = Watch::default();
-    folder.look(app, true);
-    Ok(folder)
+}
+
+/// Ends the engine when its requests run and its steps do not, and says when it has ended, for whatever reason.
+async fn watch_steps(app: Arc<App>) {
+    let timeout = Duration::from_secs_f64(app.config.step_timeout_s);
+    let (mut steps, mut since) = (0, Instant::now());
+    loop {
+        tokio::time::sleep(WATCH_INTERVAL).await;
+        if let State::Failed(reason) = app.runtime.state() {
+            app.log.line("engine_failed", json!({"reason": &*reason}));
+            return;
+        }
+        let stats = app.runtime.snapshot().engine;
+        if stats.running == 0 || stats.steps != steps {
+            (steps, since) = (stats.steps, Instant::now());
+        }
+        if !timeout.is_zero() && since.elapsed() > timeout {
+            app.runtime.fail(&format!("a step took longer than {} s", timeout.as_secs_f64()));
+        }
+    }
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::accounting::{self, Account};
-use crate::base::Dtype;
+use crate::accounting::{self, Account, Module};
+use crate::base::{Dtype, MODULES};
 use crate::config::{Config, MAX_CONFIG_BYTES};
 use crate::files::{self, RegisteredFile};
 use crate::header::Header;
@@ -54,6 +54,7 @@ impl Adapter {
         let (file, weights_file) = RegisteredFile::register(weights_path)?;
         let header = Header::read(&file, &weights_file)?;
         let account = accounting::account(&header.tensors, &mut config, base)?;
+        check_ranks(&account, base.max_rank)?;
         let mut layout = Layout::new(&account.modules, &header, base)?;
         Ok(Adapter {
             words: std::mem::take(&mut layout.words).into(),
@@ -151,6 +152,15 @@ fn read_config(path: PathBuf) -> Result<(RegisteredFile, Config), AdapterError> 
     let mut json = vec![0; registered.bytes() as usize];
     registered.read_at(&file, &mut json, 0)?;
     Ok((registered, Config::parse(&json)?))
+}
+
+fn check_ranks(account: &Account, limit: u32) -> Result<(), AdapterError> {
+    match account.modules.iter().find(|module| module.rank > limit) {
+        None => Ok(()),
+        Some(&Module { layer, module, rank, .. }) => {
+            Err(AdapterError::RankTooLarge { module: MODULES[module], layer, rank, limit })
+        }
+    }
 }
 
 fn report(

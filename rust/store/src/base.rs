@@ -75,6 +75,8 @@ pub struct BaseSpec {
     pub name: Option<String>,
     /// Pages an image may take.
     pub max_adapter_pages: u32,
+    /// Rank that a module may have: what the device's kernels have room for.
+    pub max_rank: u32,
 }
 
 /// Which part of a module's factors this tensor-parallel rank keeps. A is `[rank, in]`, B is `[out, rank]` in the file.

@@ -214,6 +214,10 @@ pub enum AdapterError {
     RowTooLong { module: &'static str, row_bytes: u64, page_bytes: u64 },
     #[error("the image takes {pages} pages, the limit is {limit}; hint: give the pool more bytes")]
     TooManyPages { pages: u64, limit: u32 },
+    #[error(
+        "{module} of layer {layer} has rank {rank}, this device serves ranks up to {limit}; hint: the CPU serves any"
+    )]
+    RankTooLarge { module: &'static str, layer: u16, rank: u32, limit: u32 },
 
     // Packing.
     #[error("tensor `{}` holds {value} at [{row}, {column}], weights must be finite", shown(name))]
@@ -272,6 +276,7 @@ impl AdapterError {
             UnsupportedTensorParallel { .. } => "unsupported_tensor_parallel",
             RowTooLong { .. } => "row_too_long",
             TooManyPages { .. } => "too_many_pages",
+            RankTooLarge { .. } => "rank_too_large",
             NotFinite { value, .. } if value.is_nan() => "nan",
             NotFinite { .. } => "infinite",
             Overflow { .. } => "overflow",

@@ -1,0 +1,89 @@
+# Needs Python 3.11 or later, Rust and the package registries. Everything else goes to .venv, target and dist.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-gpu bench-gpu format clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOGS := target/logs
+MATURIN := env -u CONDA_PREFIX VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin
+RUST := $(shell git ls-files rust 'Cargo.*' 2>/dev/null)
+
+help: ## Say what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: build ## Run the embedded example: ten adapters and the base in one batch
+	$(BIN)/slora demo
+
+build: $(VENV)/.built ## Set up .venv and build slora into it
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; hint: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip 'maturin>=1.13,<2'
+	touch $@
+
+# Installs slora's own dependencies, too.
+$(VENV)/.built: $(VENV)/.created pyproject.toml $(RUST)
+	$(MATURIN) develop --release
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.created pyproject.toml
+	$(BIN)/pip install --quiet --group test
+	touch $@
+
+test: lint-rust test-rust lint-python test-python test-wheel ## Everything that runs without a GPU
+	@echo; echo "cargo test:"; grep '^test result' $(LOGS)/cargo-test.txt
+	@echo; echo "pytest:"; tail -n 1 $(LOGS)/pytest.txt
+
+lint-rust:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+test-rust:
+	mkdir -p $(LOGS)
+	cargo test --workspace 2>&1 | tee $(LOGS)/cargo-test.txt
+
+lint-python: $(VENV)/.built $(VENV)/.tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest slora._core --mypy-config-file pyproject.toml
+
+test-python: $(VENV)/.built $(VENV)/.tools
+	mkdir -p $(LOGS)
+	$(BIN)/python -m pytest 2>&1 | tee $(LOGS)/pytest.txt
+
+wheel: $(VENV)/.created ## Build the one wheel, for Python 3.11 and later
+	rm -rf dist
+	$(MATURIN) build --release --out dist
+
+# The wheel's own dependencies take gigabytes (torch), so the clean environment sees .venv's packages behind its own. The
+# folder is only put on the path: .venv's own installation of slora, which is a .pth file there, is not seen.
+test-wheel: wheel $(VENV)/.built
+	rm -rf target/wheel-env
+	$(BIN)/python -m venv target/wheel-env
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(target/wheel-env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	target/wheel-env/bin/pip install --quiet --no-deps --no-index dist/slora-*.whl
+	cd target/wheel-env && bin/python -I ../../tests/wheel.py && bin/slora demo --device cpu
+
+format: $(VENV)/.tools ## Format Rust and Python
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.built $(VENV)/.tools ## Measure bookkeeping, packing and generation on the CPU
+	cargo bench --workspace
+	$(BIN)/python benches/python/generate.py
+
+test-gpu: $(VENV)/.built $(VENV)/.tools ## Tests that need a CUDA device
+	$(BIN)/python -m pytest tests/gpu
+
+bench-gpu: $(VENV)/.built ## Measure the kernels on a CUDA device
+	for bench in benches/kernels/*.py; do $(BIN)/python $$bench; done
+
+clean: ## Remove what was built
+	rm -rf $(VENV) target dist

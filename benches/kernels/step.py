@@ -1,0 +1,113 @@
+"""Whole steps of Llama-3.1-8B shapes with dummy bf16 weights: device time, host time, prefill tokens per second.
+
+python benches/kernels/step.py [--out FILE.json]
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import time
+from pathlib import Path
+
+import torch
+from attention import LLAMA_8B, Planner, make_layout
+from torch.profiler import ProfilerActivity, profile
+
+from slora.cuda_runner import CudaRunner
+from slora.kernels import nvrtc
+from slora.memory import PagePool
+from slora.weights import load_weights
+
+DECODE = [(1, 512), (16, 512), (64, 512), (256, 512)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kernels", action="store_true", help="what each kernel takes")
+    parser.add_argument("--host", action="store_true", help="what the host does in a launch")
+    parser.add_argument("--plain-launches", action="store_true", help="no programmatic dependent launch")
+    args = parser.parse_args()
+    config, results = LLAMA_8B, []
+    if args.plain_launches:
+        nvrtc._PROGRAMMATIC = 0  # an attribute that is ignored
+    start = time.perf_counter()
+    weights = load_weights(config, "", dtype="bfloat16", device="cuda", load_format="dummy")
+    torch.cuda.synchronize()
+    print(f"weights: {time.perf_counter() - start:.1f} s")
+    pool_bytes = 10000 * config.page_bytes(16, "bfloat16")
+    pool = PagePool(config, dtype="bfloat16", device="cuda", pool_bytes=pool_bytes, page_tokens=16)
+    layout = make_layout(pool.num_pages)
+    runner = CudaRunner(config, weights, pool, layout=layout, max_running=512, max_adapters=4, max_adapter_pages=64)
+    planners = [Planner(pool, layout) for _ in range(3)]
+    start = time.perf_counter()
+    runner.record_graphs(with_lora=False, most_rows=64)
+    print(f"recording {len(runner._graphs._graphs)} graphs: {time.perf_counter() - start:.2f} s")
+
+    def measure(name: str, requests: list[tuple[int, int]], steps: int) -> float:
+        plans = [planner.write(requests) for planner in planners]
+        for i in range(3):
+            runner.launch(plans[i % 3]).result()
+        torch.cuda.synchronize()
+        hosts, begin, pending = [], time.perf_counter(), None
+        for i in range(steps):
+            t = time.perf_counter()
+            plans[i % 3].refresh()
+            launched = runner.launch(plans[i % 3])
+            hosts.append(time.perf_counter() - t)
+            if pending is not None:
+                pending.result()
+            pending = launched
+        pending.result()
+        ms = (time.perf_counter() - begin) / steps * 1e3
+        begin = time.perf_counter()
+        for i in range(steps):
+            runner.launch(plans[i % 3]).result()
+        alone = (time.perf_counter() - begin) / steps * 1e3
+        host_us = sorted(hosts)[len(hosts) // 2] * 1e6
+        rows = sum(n for n, _ in requests)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for i in range(10):
+            runner.launch(plans[i % 3])
+        events[1].record()
+        events[1].synchronize()
+        device = events[0].elapsed_time(events[1]) / 10
+        results.append(
+            {"name": name, "device_ms": device, "ms": ms, "ms_without_overlap": alone, "host_us": host_us, "rows": rows}
+        )
+        print(
+            f"{name}: device {device:.3f} ms, {ms:.3f} ms a step ({alone:.3f} without overlap), host {host_us:.0f} us, "
+            f"{rows / ms * 1000:.0f} tok/s",
+            flush=True,
+        )
+        if args.kernels:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                for plan in plans:
+                    runner.launch(plan).result()
+            table = profiled.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60)
+            print("\n".join(line[:62] + line[-80:] for line in table.splitlines()[:18]))
+        return ms
+
+    for n, seq_len in DECODE:
+        measure(f"decode {n} x {seq_len}", [(1, seq_len)] * n, 60)
+    if args.host:
+        plans = [planner.write([(1, 512)] * 64) for planner in planners]
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for i in range(60):
+            runner.launch(plans[i % 3]).result()
+        profiler.disable()
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
+    measure("mixed 63 x 512 + 193", [(1, 512)] * 63 + [(193, 400)], 30)
+    measure("prefill 8 x 1024", [(1024, 1024)] * 8, 8)
+    measure("prefill 1 x 8192", [(8192, 8192)], 8)
+    if args.out:
+        meta = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        args.out.write_text(json.dumps({**meta, "results": results}, indent=1))
+    runner.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// Loads and stores of 8 elements (16 bytes). Rows of weights start on 16 bytes; rows of x and delta do if ALIGNED.
+#pragma once
+
+#include "element.cuh"
+
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+
+#if DTYPE != 0
+__device__ __forceinline__ u32 masked(u32 pair, int valid) { return valid > 1 ? pair : valid > 0 ? pair & 0xffffu : 0; }
+
+// What lies behind a row's end may be anything.
+__device__ __forceinline__ uint4 mask_tail(uint4 v, int valid) {
+#if !ALIGNED
+  v = make_uint4(masked(v.x, valid), masked(v.y, valid - 2), masked(v.z, valid - 4), masked(v.w, valid - 6));
+#endif
+  return v;
+}
+
+// Weights are read once: not kept in L1. The order of these loads is kept.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// Elements k .. k + 8 of a row of x, zeros from `end` on. Not through the read-only path: x may have been written while
+// this kernel started.
+__device__ __forceinline__ uint4 load_x(const Element* row, int k, int end) {
+  uint4 v;
+#if ALIGNED
+  asm volatile("{ .reg .pred p; setp.lt.s32 p, %5, %6; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+               "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+               : "l"(row + k), "r"(k), "r"(end));
+#else
+  u32 e[8];
+  for (int j = 0; j < 8; j++) e[j] = k + j < end ? ((const volatile Element*)row)[k + j] : 0;
+  v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+#endif
+  return v;
+}
+
+// Columns k .. k + 8 of a row of delta, those below `end`.
+__device__ __forceinline__ void store_delta(Element* row, int k, int end, uint4 v) {
+#if ALIGNED
+  if (k < end) *(uint4*)(row + k) = v;
+#else
+  u32 w[4] = {v.x, v.y, v.z, v.w};
+  for (int j = 0; j < 8; j++)
+    if (k + j < end) row[k + j] = (Element)(w[j / 2] >> j % 2 * 16);
+#endif
+}
+#endif

@@ -1,0 +1,7 @@
+"""`python -m slora`."""
+
+import sys
+
+from slora.cli import main
+
+sys.exit(main())

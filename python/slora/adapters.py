@@ -1,0 +1,88 @@
+"""The adapters of an engine, as a mapping from names."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from slora.engine import Engine
+from slora.errors import UnknownAdapterError
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter as its name means it now."""
+
+    name: str
+    version: int
+    """1, and one more with every replacement."""
+    state: str
+    """ "registered", "loading", "host" (in the host tier), "resident" (on the device) or "failed". """
+    reason: str | None
+    """Why it failed."""
+    ranks: dict[str, tuple[int, int]]
+    """Smallest and largest rank over the layers, by module."""
+    bytes: int
+    """Of its weights as they lie on the device."""
+    num_pages: int
+    pins: int
+    """Running requests that use it."""
+    unfinished: int
+    """Requests that use it, waiting ones included."""
+    pinned: bool
+    """Whether it is kept on the device."""
+    replacing: bool
+    """Whether a newer version is being loaded."""
+    path: str | None
+
+
+_FIELDS = tuple(field.name for field in fields(AdapterInfo))
+
+
+class Adapters(Mapping[str, AdapterInfo]):
+    """`llm.adapters`: names in alphabetical order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, name: str, path: str | Path, *, replace: bool = False, pinned: bool = False) -> AdapterInfo:
+        """Make the checkpoint in `path` known. Its weights are read when a request first needs them.
+
+        `replace`: a taken name gets a new version; unfinished requests keep the old one. `pinned`: load it now and keep
+        it on the device. Raises AdapterError, naming the key or tensor that cannot be served.
+        """
+        self._engine.check_open()
+        return _info(self._engine.core.register(name, str(path), replace, pinned))
+
+    def remove(self, name: str) -> None:
+        """Forget a name; requests that use it still finish. Raises UnknownAdapterError."""
+        self._engine.check_open()
+        self._engine.core.unload(name)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter on the device, or no longer. Raises UnknownAdapterError."""
+        self._engine.check_open()
+        self._engine.core.pin(name, pinned)
+
+    def __getitem__(self, name: str) -> AdapterInfo:
+        self._engine.check_open()
+        found = self._engine.core.adapter(name)
+        if found is None:
+            raise UnknownAdapterError(f"adapter {name!r} is not registered")
+        return _info(found)
+
+    def __iter__(self) -> Iterator[str]:
+        self._engine.check_open()
+        return iter(self._engine.core.adapter_names())
+
+    def __len__(self) -> int:
+        self._engine.check_open()
+        return len(self._engine.core.adapter_names())
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} adapters>" if self._engine.is_open else "<adapters of a closed engine>"
+
+
+def _info(found: dict[str, Any]) -> AdapterInfo:
+    values: dict[str, Any] = {"ranks": {}, "path": None} | found
+    return AdapterInfo(**{name: values[name] for name in _FIELDS})

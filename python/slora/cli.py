@@ -1,0 +1,194 @@
+"""The `slora` command: one function for each sub-command, beside the parser of its arguments."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slora import __version__, _core
+from slora.errors import AdapterError, SloraError
+
+EXAMPLES = """examples:
+  slora demo                                              the embedded example, on whatever this machine has
+  slora generate path/to/base "Once upon a time" --max-tokens 64
+  slora generate path/to/base "hello" --adapters path/to/adapters --adapter formal
+  slora adapters check path/to/adapter --base path/to/base
+  slora doctor                                            what is installed, and what would run
+"""
+Parsers = Any
+"""What argparse adds sub-commands to."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command: 0, 1 after an error, 2 for a wrong command line, 130 after ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="slora",
+        description="One base LLM and thousands of LoRA adapters.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"slora {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_demo, add_generate, add_adapters, add_doctor):
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except SloraError as error:
+        print(f"slora: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_command(
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int], help: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    """A sub-command whose `--help` ends with examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_demo(commands: Parsers) -> None:
+    examples = "  slora demo\n  slora demo --device cpu\n"
+    parser = add_command(commands, "demo", run_demo, "run the embedded example: ten adapters in one batch", examples)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from slora import demo
+
+    return demo.run(options.device)
+
+
+def add_generate(commands: Parsers) -> None:
+    examples = (
+        '  slora generate path/to/base "Once upon a time" --max-tokens 64\n'
+        '  slora generate path/to/base "abc" "def" --adapters path/to/adapters --adapter reverse --adapter upper\n'
+        "  cat prompts.txt | slora generate path/to/base --json > answers.jsonl\n"
+    )
+    parser = add_command(commands, "generate", run_generate, "answer prompts", examples)
+    parser.add_argument("model", type=Path, help="folder of the base model")
+    parser.add_argument("prompts", nargs="*", help="prompts; without any, the lines of the standard input")
+    parser.add_argument("--adapters", type=Path, help="folder whose sub-folders are adapters")
+    parser.add_argument(
+        "--adapter", action="append", metavar="NAME", help='one for all prompts, or one for each; "" is the base'
+    )
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    import slora
+
+    prompts = options.prompts or [line.rstrip("\n") for line in sys.stdin]
+    names = [name or None for name in options.adapter or [""]]
+    sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+    with slora.LLM(options.model, adapters=options.adapters, device=options.device, dtype=options.dtype) as llm:
+        inputs = [[{"role": "user", "content": prompt}] for prompt in prompts] if options.chat else prompts
+        answer: Any = llm.chat if options.chat else llm.generate
+        results = answer(inputs, adapter=names[0] if len(names) == 1 else names, **sampling)
+    for prompt, result in zip(prompts, results, strict=True):
+        if options.json:
+            fields = {"prompt": prompt, "adapter": result.adapter, "text": result.text}
+            print(json.dumps(fields | {"finish_reason": result.finish_reason}, ensure_ascii=False))
+        else:
+            print(result.text)
+    return 0
+
+
+def add_adapters(commands: Parsers) -> None:
+    adapters = add_command(commands, "adapters", lambda _: 2, "check adapters, list them")
+    actions = adapters.add_subparsers(title="actions", metavar="ACTION", required=True)
+    examples = "  slora adapters check path/to/adapter --base path/to/base\n"
+    check = add_command(actions, "check", run_check, "account for every tensor of an adapter, or say why not", examples)
+    check.add_argument("path", type=Path, help="folder of the adapter")
+    check.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    check.add_argument("--json", action="store_true", help="the whole accounting, tensor by tensor")
+    examples = "  slora adapters ls path/to/adapters --base path/to/base\n"
+    ls = add_command(actions, "ls", run_ls, "list the adapters of a folder, and which of them can be served", examples)
+    ls.add_argument("path", type=Path, help="folder whose sub-folders are adapters")
+    ls.add_argument("--base", type=Path, required=True, help="folder of the base model")
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from slora.base import open_base
+
+    base = open_base(options.base)
+    try:
+        report = _core.check_adapter(str(options.path), base)
+    except AdapterError as error:
+        refusal = json.dumps({"path": str(options.path), "error": str(error)}, ensure_ascii=False)
+        print(refusal if options.json else f"{options.path}: refused: {error}")
+        return 1
+    if options.json:
+        print(report)
+    else:
+        print_report(json.loads(report))
+    return 0
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """An adapter's accounting as a table."""
+    print(f"{report['folder']}: can be served")
+    print(f"{'module':10}  layers  rank        scale")
+    for module in report["modules"]:
+        ranks = _range(module["min_rank"], module["max_rank"])
+        scales = _range(module["min_scale"], module["max_scale"])
+        print(f"{module['module']:10}  {module['num_layers']:6}  {ranks:10}  {scales}")
+    print(
+        f"{report['num_mapped']} tensors mapped, {report['num_ignored']} ignored; "
+        f"{report['num_parameters']} parameters in {'+'.join(report['dtypes'])}; "
+        f"{report['image_bytes']} bytes in {report['num_pages']} pages"
+    )
+    for warning in report["warnings"]:
+        print(f"warning: {warning['message']}")
+
+
+def _range(least: float, most: float) -> str:
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+def run_ls(options: argparse.Namespace) -> int:
+    from slora.base import open_base
+    from slora.options import Options
+
+    base, is_good = open_base(options.base), True
+    print(f"{'name':24}  rank        megabytes  modules")
+    for name, path in Options(adapters=options.path).adapter_paths().items():
+        try:
+            report = json.loads(_core.check_adapter(str(path), base))
+        except AdapterError as error:
+            is_good = False
+            print(f"{name:24}  refused: {error}")
+            continue
+        modules = ", ".join(module["module"].removesuffix("_proj") for module in report["modules"])
+        ranks = _range(report["min_rank"], report["max_rank"])
+        print(f"{name:24}  {ranks:10}  {report['image_bytes'] / 1e6:9.2f}  {modules}")
+    return 0 if is_good else 1
+
+
+def add_doctor(commands: Parsers) -> None:
+    add_command(commands, "doctor", run_doctor, "say what is installed, and what would run")
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from slora import doctor
+
+    return doctor.run()

@@ -1,0 +1,236 @@
+"""Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slora import graphs
+from slora.errors import DeviceError
+from slora.graphs import Graphs
+from slora.kernels import backend
+from slora.kernels.descriptors import DeviceTables
+from slora.kernels.page_copy import PageCopies
+from slora.kernels.sampling import DeviceSampler
+from slora.kernels.step import Step
+from slora.memory import HostTier, PagePool
+from slora.models.config import ModelConfig
+from slora.models.decoder import Decoder
+from slora.models.rope import inverse_frequencies
+from slora.plan import HAS_LORA, Counts, DevicePlan, PlanLayout, StepPlan
+from slora.runner import PROMPT_LOGPROB_ROWS, StepOutput
+from slora.sampling import LogProbs, log_probs
+from slora.weights import Weights
+
+RING = 3
+"""Buffers for what comes back: one is used again only after its step's result was taken."""
+KEPT_STEPS = 8
+"""Steps whose end can still be waited for by a copy; older ones have ended."""
+
+
+class StepShape(NamedTuple):
+    """What a step's launches depend on."""
+
+    num_rows: int
+    has_decode: bool
+    has_prefill: bool
+    has_lora: bool
+
+    @classmethod
+    def of(cls, counts: Counts) -> "StepShape":
+        has_prefill = counts.num_requests > counts.num_decode
+        return cls(counts.num_rows, counts.num_decode > 0, has_prefill, bool(counts.flags & HAS_LORA))
+
+    @property
+    def is_recordable(self) -> bool:
+        return self.num_rows <= graphs.MAX_ROWS
+
+
+class CudaPending:
+    """A launched step. `result` waits for it; it must be called before the step after the next is launched."""
+
+    def __init__(self, done: torch.cuda.Event, arrays: dict[str, Tensor]) -> None:
+        self._done, self._arrays = done, arrays
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._done.query())
+
+    def result(self) -> StepOutput:
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:  # an illegal access, a lost device
+            raise DeviceError(f"a step failed on the device: {error}") from error
+        output = StepOutput(np.empty(0, np.int32))
+        for name, array in self._arrays.items():
+            setattr(output, name, array.numpy().copy())
+        return output
+
+
+class CudaRunner:
+    """The executor of one CUDA device: everything that a plan's numbers refer to.
+
+    All calls come from one thread. Steps run in the order of their launches, on the stream that is current then.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        pool: PagePool,
+        *,
+        layout: PlanLayout,
+        max_running: int,
+        max_adapters: int,
+        max_adapter_pages: int,
+        host: HostTier | None = None,
+    ) -> None:
+        device = pool.device
+        torch.set_float32_matmul_precision("highest")  # fp32 means fp32
+        self.pool, self.host = pool, host
+        self._tables = DeviceTables(pool, max_adapters, max_adapter_pages)
+        self._plan = DevicePlan(layout, self._tables.modules[0].numel(), device)
+        frequencies, scaling = inverse_frequencies(config)
+        self._step = Step(pool, self._tables, self._plan, frequencies.to(device), scaling)
+        self._decoder = Decoder(config, weights, backend("cuda"))
+        self._sampler = DeviceSampler(self._step, max_running, config.vocab_size)
+        self._copies = PageCopies(pool, host)
+        self._graphs = Graphs(device, pool.flat.dtype)
+        rows = max(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
+        self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
+        size = self._plan.capacity["sample_rows"]
+        self._returned = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._num_launched = 0
+        self._ends: dict[int, torch.cuda.Event] = {}
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Run a refreshed plan to its end."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> CudaPending:
+        """Enqueue a refreshed plan, whose buffer may be written again once its result was taken."""
+        counts, arrays = plan.counts, dict[str, Tensor]()
+        self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
+        self._step.arrivals = self._copies.needed(counts.copies_needed_step) if counts.copies_needed_step else []
+        self._plan.upload(plan)
+        self._tables.update(self._plan)
+        self._sampler.reset(self._plan)
+        if counts.num_rows:
+            hidden = self._forward(StepShape.of(counts))
+            if counts.num_sampled:
+                self._sample(hidden, arrays)
+            if counts.num_prompt_logprobs:
+                self._score_prompts(hidden, arrays)
+        done = torch.cuda.Event()
+        done.record()
+        self._num_launched += 1
+        self._ends[counts.step] = done
+        while len(self._ends) > KEPT_STEPS:
+            del self._ends[next(iter(self._ends))]
+        return CudaPending(done, arrays)
+
+    def warm_up(self) -> None:
+        """Record the graphs of decode steps: other shapes are recorded when they first come."""
+        self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
+
+    def copies_done(self) -> list[int]:
+        """Steps whose swap-ins have arrived since the last call."""
+        return self._copies.done()
+
+    @torch.inference_mode()
+    def record_graphs(
+        self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None
+    ) -> None:
+        """Record decode steps of all sizes; others are recorded when they first come. No step may be in flight."""
+        self._plan.clear()
+        kinds = (False, True) if with_lora else (False,)
+        shapes = [StepShape(n, True, False, lora) for lora in kinds for n in reversed(graphs.buckets(most_rows))]
+        for shape in graphs.progress(shapes, len(shapes), show):
+            assert isinstance(shape, StepShape)
+            self._graphs.run(shape, self._forward_body(shape))
+            if not shape.has_lora and shape.num_rows <= self._plan.capacity["sample_rows"]:
+                self._graphs.run(shape.num_rows, self._sample_body(shape.num_rows))
+        torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Wait for what runs, let go of everything that refers to the pool, and free it."""
+        torch.cuda.synchronize()
+        self._copies.close()
+        self._graphs.close()
+        del self._tables, self._plan, self._step, self._decoder, self._sampler, self._hidden, self._returned
+        self.host = None
+        self.pool.close()
+        torch.cuda.empty_cache()
+
+    def _forward(self, shape: StepShape) -> Tensor:
+        """The normed hidden state [rows, hidden]; valid until the next step."""
+        if shape.is_recordable:
+            self._step.wait_for_adapters(self.pool.config.num_layers)
+            shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
+            self._graphs.run(shape, self._forward_body(shape))
+            return self._hidden
+        self._step.prepare(**shape._asdict())
+        return self._decoder.forward(self._step.ids, self._step)
+
+    def _forward_body(self, shape: StepShape) -> Callable[[], object]:
+        def body() -> None:
+            self._step.prepare(**shape._asdict(), is_graph=True)
+            self._hidden[: shape.num_rows].copy_(self._decoder.forward(self._step.ids, self._step))
+
+        return body
+
+    def _sample_body(self, num_sampled: int) -> Callable[[], object]:
+        def body() -> None:
+            self._sampler.choose(self._decoder.logits(self._hidden, self._step.sample_index(num_sampled)))
+
+        return body
+
+    def _sample(self, hidden: Tensor, arrays: dict[str, Tensor]) -> None:
+        counts, n = self._plan.counts, self._plan.counts.num_sampled
+        has_logprobs = counts.max_logprobs >= 0
+        size = min(graphs.bucket(n), self._plan.capacity["sample_rows"])
+        if hidden is self._hidden and self._sampler.is_plain and not has_logprobs and n <= graphs.MAX_ROWS:
+            self._graphs.run(size, self._sample_body(size))
+        else:
+            raw = self._decoder.logits(hidden, self._step.sample_index(n))
+            if self._sampler.is_plain:
+                self._sampler.choose(raw)
+            else:
+                self._sampler.choose_with_penalties(raw)
+            if has_logprobs:
+                chosen = self._step.sampled[:n].clamp(min=0).long()
+                _return(arrays, log_probs(raw, chosen, counts.max_logprobs), "")
+        ids = self._returned[self._num_launched % RING][:n]
+        arrays["ids"] = ids.copy_(self._step.sampled[:n], non_blocking=True)
+
+    def _score_prompts(self, hidden: Tensor, arrays: dict[str, Tensor]) -> None:
+        counts = self._plan.counts
+        rows, targets = (self._plan[name][: counts.num_prompt_logprobs] for name in ("prompt_rows", "prompt_targets"))
+        chunks: list[LogProbs] = []
+        for start in range(0, len(rows), PROMPT_LOGPROB_ROWS):
+            some = slice(start, start + PROMPT_LOGPROB_ROWS)
+            logits = self._decoder.logits(hidden, rows[some])
+            chunks.append(log_probs(logits, targets[some].long(), counts.max_prompt_logprobs))
+        best_ids = [chunk.best_ids for chunk in chunks if chunk.best_ids is not None]
+        best = [chunk.best for chunk in chunks if chunk.best is not None]
+        found = LogProbs(
+            torch.cat([chunk.chosen for chunk in chunks]),
+            torch.cat(best_ids) if best_ids else None,
+            torch.cat(best) if best else None,
+        )
+        _return(arrays, found, "prompt_")
+
+
+def _return(arrays: dict[str, Tensor], found: LogProbs, prefix: str) -> None:
+    """Start the copies of log-probabilities to the host."""
+    names = {"": ("chosen_logprobs", "best_ids", "best_logprobs")}.get(
+        prefix, ("prompt_logprobs", "prompt_best_ids", "prompt_best_logprobs")
+    )
+    for name, values in zip(names, found, strict=True):
+        if values is not None:
+            kind = torch.int32 if values.dtype == torch.int64 else values.dtype
+            target = torch.empty(values.shape, dtype=kind, pin_memory=True)
+            arrays[name] = target.copy_(values.to(kind), non_blocking=True)

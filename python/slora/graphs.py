@@ -1,0 +1,74 @@
+"""CUDA graphs: a step's launches, recorded once per shape and replayed.
+
+A graph depends on the number of rows, on whether there are decode rows, prefill rows and adapters, and on nothing else:
+kernels read what differs from the plan's mirror on the device. All graphs share one memory pool, because they run one
+after the other and leave their results in buffers of their own.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch import Tensor
+
+from slora.memory import MAX_GRAPH_ROWS
+
+MAX_ROWS = MAX_GRAPH_ROWS
+"""Steps of more rows run eagerly: their kernels take longer than their launches."""
+
+
+def bucket(num_rows: int) -> int:
+    """How many rows the graph for so many rows has: 1, 2, 4, 8, then multiples of 8."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+
+
+def buckets(most: int = MAX_ROWS) -> list[int]:
+    return [1, 2, 4, *range(8, most + 1, 8)]
+
+
+class Graphs:
+    """Recorded launches by key. A key that is new runs eagerly, is recorded, and is replayed from then on."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._warm_up(device, dtype)
+
+    def run(self, key: Hashable, body: Callable[[], object]) -> None:
+        """`body` launches the same kernels with the same arguments whenever it is called for `key`."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        body()
+        self.record(key, body)
+
+    def record(self, key: Hashable, body: Callable[[], object]) -> None:
+        """Without running it; its kernels must have run before."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                body()
+            finally:
+                graph.capture_end()
+        self._graphs[key] = graph
+
+    def close(self) -> None:
+        self._graphs.clear()
+
+    def _warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """cuBLAS takes its workspace on the first call of a stream; it must not come from a graph's memory."""
+        with torch.cuda.stream(self._stream):
+            x: Tensor = torch.zeros(16, 16, dtype=dtype, device=device)
+            torch.mm(x, x)
+        self._stream.synchronize()
+
+
+def progress(keys: Iterable[Hashable], total: int, show: bool | None) -> Iterable[Hashable]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    disable = None if show is None else not show  # None: tqdm shows nothing unless stderr is a terminal
+    bar: Iterable[Hashable] = tqdm(keys, desc="recording graphs", total=total, disable=disable, leave=False)
+    return bar

@@ -1,0 +1,169 @@
+"""Paged attention on the device: which kernel attends which rows, and the work lists that they loop over.
+
+Decode rows: split-KV on tensor cores, or, in fp32 and for odd head dimensions, the simple kernel for all rows.
+Prefill rows: cuDNN in large steps; in captured graphs, whose grid must not depend on the plan, a kernel of our own.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from slora.kernels import cudnn, nvrtc
+from slora.kernels.nvrtc import Kernel
+from slora.memory import PagePool
+from slora.plan import DevicePlan
+
+ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+SPLIT_TOKENS, TILE_TOKENS = 256, 16
+MERGE_THREADS = 256
+WARPS = 4
+CHUNK_ROWS = 16 * WARPS
+SIMPLE_THREADS = 256
+MAX_HEAD_DIM = 256
+_RESERVED_BYTES = 1024  # of shared memory, by the system, for each block
+_LOG2_E = 1.4426950408889634
+
+
+class Attention:
+    """Attention over one pool, for plans of one layout: kernels, work lists, and what splits leave for their merge."""
+
+    def __init__(self, pool: PagePool, plan: DevicePlan) -> None:
+        self.pool, self.plan, self.config = pool, plan, pool.config
+        self.dtype = pool.flat.dtype
+        self.group = self.config.num_heads // self.config.num_kv_heads
+        self._properties = torch.cuda.get_device_properties(pool.device)
+        self._windows = list(dict.fromkeys(self.config.windows))
+        self._items = {window: self._new_items() for window in self._windows}
+        self._has_prefill = False
+        self._merge: Kernel
+        self._cudnn: cudnn.PrefillAttention | None = None
+        if self.is_tensor_core and cudnn.is_available():
+            self._cudnn = cudnn.PrefillAttention(pool, plan)
+
+    @property
+    def is_tensor_core(self) -> bool:
+        """Whether the tensor-core kernels serve this model; else the simple one serves all rows."""
+        dim = self.config.head_dim
+        return self.dtype != torch.float32 and dim % 16 == 0 and dim <= MAX_HEAD_DIM and self.group <= CHUNK_ROWS
+
+    def prepare(self, *, is_graph: bool) -> None:
+        """Build the work lists of the uploaded plan. In a graph its counts are unknown, and nothing depends on them."""
+        counts = self.plan.counts
+        self._has_prefill = counts.num_requests > counts.num_decode
+        if self.is_tensor_core:
+            for window in self._windows:
+                self._list_work(window)
+        if self._cudnn is not None and self._has_prefill and not is_graph:
+            self._cudnn.prepare()
+
+    def run(self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, is_graph: bool) -> Tensor:
+        """q [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+        out = q.new_empty(q.shape[0], self.config.q_size)
+        if not self.is_tensor_core:
+            self._run_simple(q, out, layer)
+            return out
+        if has_decode:
+            self._run_decode(q, out, layer)
+        if has_prefill and self._cudnn is not None and not is_graph:
+            self._cudnn.run(q, out, layer)
+        elif has_prefill:
+            self._run_chunks(q, out, layer)
+        return out
+
+    # What the kernels are compiled for, and launched with
+
+    @property
+    def _macros(self) -> dict[str, int | str]:
+        c = self.config
+        shape = {"HEAD_DIM": c.head_dim, "HEADS": c.num_heads, "KV_HEADS": c.num_kv_heads}
+        return {"ELEMENT": ELEMENTS[self.dtype], "PAGE_TOKENS": self.pool.page_tokens, **shape}
+
+    @cached_property
+    def _decode(self) -> tuple[Kernel, int, int]:
+        """(kernel, blocks, bytes of shared memory): two blocks share a multiprocessor, with as many stages as fit."""
+        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
+        stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
+        sizes = {stages: -(-merge // 16) * 16 + WARPS * stages * stage for stages in (4, 3, 2)}
+        p = self._properties
+        for blocks in (2, 1):
+            most = min(p.shared_memory_per_multiprocessor // blocks - _RESERVED_BYTES, p.shared_memory_per_block_optin)
+            for stages, size in sizes.items():
+                if size <= most:
+                    macros = {**self._macros, "STAGES": stages}
+                    module = nvrtc.load("paged_attention", macros)
+                    self._merge = module.kernel("merge_splits")
+                    return module.kernel("paged_attention"), blocks * p.multi_processor_count, size
+        raise AssertionError(f"no ring of copies fits the shared memory of {p.name}")
+
+    @cached_property
+    def _chunks(self) -> tuple[Kernel, int, int]:
+        kv_tile = 32 if self.config.head_dim > 128 else 64
+        size = 2 * 2 * kv_tile * (self.config.head_dim + 8) * 2
+        blocks = max(1, min(3, self._properties.shared_memory_per_multiprocessor // (size + _RESERVED_BYTES)))
+        kernel = nvrtc.load("chunk_attention", self._macros).kernel("chunk_attention")
+        return kernel, blocks * self._properties.multi_processor_count, size
+
+    @cached_property
+    def _simple(self) -> Kernel:
+        return nvrtc.load("simple_attention", self._macros).kernel("simple_attention")
+
+    @cached_property
+    def _work(self) -> Kernel:
+        return nvrtc.load("step").kernel("attention_work")
+
+    @cached_property
+    def _max_splits(self) -> int:
+        tokens = self.plan.capacity["page_indices"] * self.pool.page_tokens
+        return tokens // SPLIT_TOKENS + self.plan.capacity["seq_lens"]
+
+    @cached_property
+    def _partials(self) -> Tensor:
+        """What splits leave for the merge."""
+        rows = min(self.group, 16)
+        units = self.config.num_kv_heads * -(-self.group // 16)
+        size = rows * self.config.head_dim + -(-2 * rows // 4) * 4
+        return torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return CHUNK_ROWS // self.group
+
+    def _new_items(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(how many, decode items, prefill items, spans of decode requests) of one window."""
+        tiles = self.plan.capacity["token_ids"] // max(1, self._chunk_tokens) + self.plan.capacity["seq_lens"]
+        count, decode, prefill, spans = (
+            torch.zeros(size, dtype=torch.int32, device=self.pool.device)
+            for size in (4, self._max_splits * 4, tiles * 4, self.plan.capacity["seq_lens"] * 2)
+        )
+        return count, decode, prefill, spans
+
+    def _list_work(self, window: int | None) -> None:
+        names = ("counts", "query_indptr", "seq_lens", "page_indptr")
+        sizes = (window or 0, self._chunk_tokens, self.pool.page_tokens)
+        threads = 512
+        self._work(1, threads, (*(self.plan[name] for name in names), *sizes, *self._items[window]), (threads + 1) * 4)
+
+    def _run_decode(self, q: Tensor, out: Tensor, layer: int) -> None:
+        kernel, blocks, shared = self._decode
+        window = self.config.windows[layer]
+        num_items, decode, _, spans = self._items[window]
+        tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
+        numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
+        kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
+        self._merge(blocks, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
+
+    def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
+        kernel, blocks, shared = self._chunks
+        window = self.config.windows[layer]
+        num_items, _, prefill, _ = self._items[window]
+        tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, prefill)
+        arrays = tuple(self.plan[name] for name in ("query_indptr", "seq_lens", "page_indptr", "page_indices"))
+        numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
+        kernel(blocks, WARPS * 32, (*tensors, *arrays, *numbers), shared)
+
+    def _run_simple(self, q: Tensor, out: Tensor, layer: int) -> None:
+        names = ("counts", "query_indptr", "seq_lens", "page_indptr", "page_indices")
+        tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], *(self.plan[name] for name in names))
+        numbers = (self.pool.page_rows, self.config.windows[layer] or 0, self.config.head_dim**-0.5)
+        self._simple(8 * self._properties.multi_processor_count, SIMPLE_THREADS, (*tensors, *numbers))

@@ -1,0 +1,35 @@
+"""Descriptors of the running adapters on the device."""
+
+import torch
+
+from slora.kernels import nvrtc
+from slora.kernels.adapters import MODULE_WORDS, NUM_MODULES
+from slora.kernels.nvrtc import Argument
+from slora.memory import PagePool
+from slora.plan import DevicePlan
+
+THREADS = 256
+
+
+class DeviceTables:
+    """`modules` [max_adapters, layers * 7, 12] and `pages` [max_adapters, max_adapter_pages], int32 on the device.
+
+    They change only by what a plan carries, in the order of the compute stream: behind every launched step that reads
+    them, before the step that brings the change.
+    """
+
+    def __init__(self, pool: PagePool, max_adapters: int, max_adapter_pages: int) -> None:
+        self.pool = pool
+        self.num_modules = pool.config.num_layers * NUM_MODULES
+        shape = (max_adapters, self.num_modules, MODULE_WORDS)
+        self.modules = torch.zeros(shape, dtype=torch.int32, device=pool.device)
+        self.pages = torch.zeros((max_adapters, max_adapter_pages), dtype=torch.int32, device=pool.device)
+        self._kernel = nvrtc.load("descriptors").kernel("update_descriptors")
+
+    def update(self, plan: DevicePlan) -> None:
+        """Take over the rows that the uploaded plan changes."""
+        if plan.counts.num_changed:
+            names = ("changed_rows", "changed_pages_indptr", "changed_pages", "changed_modules")
+            sizes = (self.num_modules * MODULE_WORDS, self.pages.shape[1])
+            args: tuple[Argument, ...] = (*(plan[name] for name in names), *sizes, self.modules, self.pages)
+            self._kernel(plan.counts.num_changed, THREADS, args)

@@ -1,0 +1,149 @@
+"""The LoRA op on CUDA: once a step the work lists of all groups, then two kernels for each group (`cuda/lora.cu`).
+
+Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
+the launches may be captured in a graph.
+"""
+
+import ctypes
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from slora.errors import DeviceError
+from slora.kernels import nvrtc
+from slora.kernels.adapters import GROUPS, MODULE_WORDS, NUM_MODULES
+from slora.memory import PagePool
+
+DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
+MAX_SEGMENTS = 1024
+"""A warp finds an item's segment in two looks of 32 lanes."""
+_LISTS, _SEGMENT_WORDS, _WARPS, _BLOCKS_PER_SM, _TILE = 3, 44, 8, 2, 16
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("page_bytes", ctypes.c_longlong),
+        ("modules", ctypes.c_void_p),
+        ("adapter_pages", ctypes.c_void_p),
+        ("max_adapter_pages", ctypes.c_int),
+        ("num_layers", ctypes.c_int),
+    )
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        ("in_size", ctypes.c_int),
+        ("first_module", ctypes.c_int),
+        ("num_modules", ctypes.c_int),
+        ("out", ctypes.c_int * 3),
+        ("out_stride", ctypes.c_int),
+    )
+
+
+class _Groups(ctypes.Structure):
+    _fields_ = (("of", _Group * 4),)
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("totals", "ends", "segments", "sums")),
+        ("max_segments", ctypes.c_int),
+        ("sums_stride", ctypes.c_int),
+    )
+
+
+class Lora:
+    """LoRA over the adapters of a pool. `prepare` once a step, then a call for each layer and group, in any order."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        modules: Tensor,
+        adapter_pages: Tensor,
+        *,
+        max_rows: int,
+        max_segments: int = 512,
+        max_rank: int = 256,
+    ) -> None:
+        """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
+        descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank."""
+        assert modules.is_cuda
+        assert modules.is_contiguous()
+        assert adapter_pages.is_contiguous()
+        assert max_segments <= MAX_SEGMENTS
+        config, device = pool.config, pool.device
+        self.max_rows, self.max_rank, self._dtype = max_rows, max_rank, pool.flat.dtype
+        self._groups = [_group(config.module_dims, group) for group in GROUPS]
+        stride = max(_sums_stride(group.in_size, group.num_modules * max_rank) for group in self._groups)
+        self._buffers = (
+            torch.zeros(config.num_layers * 4 * 4, dtype=torch.int32, device=device),
+            torch.zeros(config.num_layers * 4 * _LISTS * max_segments, dtype=torch.int32, device=device),
+            torch.zeros(config.num_layers * 4 * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
+            torch.empty(max_rows * stride, dtype=torch.float32, device=device),
+        )
+        self._tables = (pool.pages, modules, adapter_pages)
+        self._pool = _Pool(
+            pool.pages.data_ptr(),
+            pool.page_bytes,
+            modules.data_ptr(),
+            adapter_pages.data_ptr(),
+            adapter_pages.shape[1],
+            config.num_layers,
+        )
+        self._work = _Work(*(buffer.data_ptr() for buffer in self._buffers), max_segments, stride)
+        aligned = all(size % 8 == 0 for dims in config.module_dims for size in dims)
+        module = nvrtc.load("lora", {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned)})
+        self._prepare = module.kernel("lora_work")
+        self._shrink, self._expand = module.kernel("lora_shrink"), module.kernel("lora_expand")
+        self._grid = torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_SM
+        self._launches = [self._bind(index) for index in range(config.num_layers * 4)]
+
+    def prepare(self, num_segments: Tensor, seg_indptr: Tensor, seg_adapter: Tensor, stream: int | None = None) -> None:
+        """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number."""
+        args = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work, num_segments, seg_indptr, seg_adapter)
+        self._prepare(len(self._launches), 256, args, 0, stream)
+
+    def __call__(
+        self, x: Tensor, layer: int, group: int, stream: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """delta [rows, out] of x [rows, in]; rows of no segment keep whatever `out` holds."""
+        assert x.is_contiguous()
+        assert x.dtype == self._dtype
+        assert x.shape[0] <= self.max_rows
+        assert x.shape[1] == self._groups[group].in_size
+        if out is None:
+            out = x.new_empty(x.shape[0], self._groups[group].out_stride)
+        shrink, expand = self._launches[layer * 4 + group]
+        shrink.set(4, x)
+        expand.set(4, out)
+        shrink(stream)
+        expand(stream)
+        return out
+
+    def check_ranks(self, modules: Tensor) -> None:
+        """Refuse a descriptor [layers * 7, 12] (on the host) whose ranks have no room."""
+        rank = int(modules.view(-1, MODULE_WORDS)[:, 0].max())
+        if rank > self.max_rank:
+            raise DeviceError(f"an adapter has rank {rank}, but the workspace is made for at most {self.max_rank}")
+
+    def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch]:
+        args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
+        # The first op may directly follow `prepare`, whose lists it reads before anything else.
+        shrink = self._shrink.bind(self._grid, _WARPS * 32, args, programmatic=index > 0)
+        return shrink, self._expand.bind(self._grid, _WARPS * 32, args, programmatic=True)
+
+
+def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Group:
+    assert all(b - a == 1 for a, b in pairwise(modules))
+    assert modules[-1] < NUM_MODULES
+    outs = [dims[module][1] for module in modules]
+    return _Group(dims[modules[0]][0], modules[0], len(modules), (ctypes.c_int * 3)(*outs), sum(outs))
+
+
+def _sums_stride(in_size: int, max_ranks: int) -> int:
+    """Floats that the partial sums of a row take at most: `chunk_columns` of the kernel, over all ranks."""
+    base = 512 if in_size > 8192 else 256
+    tiles = range(1, -(-max_ranks // _TILE) + 1)
+    return max(-(-in_size // (base * -(-n // 4))) * n * _TILE for n in tiles)

@@ -1,0 +1,103 @@
+"""What the ops of a step share on the device: made once from the uploaded plan, at addresses that never change."""
+
+import torch
+from torch import Tensor
+
+from slora.kernels import nvrtc
+from slora.kernels.attention import Attention
+from slora.kernels.descriptors import DeviceTables
+from slora.kernels.lora import MAX_SEGMENTS, Lora
+from slora.kernels.nvrtc import Argument
+from slora.kernels.page_copy import Arrivals
+from slora.memory import PagePool
+from slora.plan import Counts, DevicePlan
+
+THREADS = 256
+MAX_BLOCKS = 512
+
+
+class Step:
+    """The step that runs. `prepare` makes it from the plan; the ops of all layers read it.
+
+    A step may have more rows than its plan: a captured graph runs as many as its bucket. What it does with them is of
+    no consequence, and they write nothing to the pool.
+    """
+
+    def __init__(
+        self, pool: PagePool, tables: DeviceTables, plan: DevicePlan, frequencies: Tensor, scaling: float
+    ) -> None:
+        device = pool.device
+        self.pool, self.tables, self.plan = pool, tables, plan
+        self.attention = Attention(pool, plan)
+        self._frequencies, self._scaling = frequencies, scaling
+        max_rows, max_sampled = plan.capacity["token_ids"], plan.capacity["sample_rows"]
+        self._ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._rotation = torch.zeros((max_rows, len(frequencies), 2), dtype=torch.float32, device=device)
+        self._sample_index = torch.zeros(max_sampled, dtype=torch.int32, device=device)
+        self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
+        """The ids that the last sampling step sampled; plans refer to them."""
+        self._lora: Lora | None = None
+        self.side_stream = torch.cuda.Stream(device)
+        """For what may run beside the main stream's kernels, between two points of a layer."""
+        self.arrivals: Arrivals = []
+        """Swap-ins that the layers must still wait for; a recorded graph waits for all of them before it starts."""
+        self._kernel = nvrtc.load("step").kernel("step_rows")
+        self.num_rows = 0
+        self.has_decode = self.has_prefill = self.has_lora = self.is_graph = False
+
+    def prepare(
+        self, num_rows: int, *, has_decode: bool, has_prefill: bool, has_lora: bool, is_graph: bool = False
+    ) -> None:
+        """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters."""
+        self.num_rows = num_rows
+        self.has_decode, self.has_prefill, self.has_lora, self.is_graph = has_decode, has_prefill, has_lora, is_graph
+        half, num_sampled = len(self._frequencies), len(self._sample_index)
+        arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
+        numbers = (self._scaling, half, num_rows, num_sampled)
+        args: tuple[Argument, ...] = (
+            *arrays,
+            self.sampled,
+            self._frequencies,
+            *numbers,
+            self._ids,
+            self._sample_index,
+            self._rotation,
+        )
+        blocks = min(MAX_BLOCKS, -(-max(num_rows * half, num_sampled) // THREADS))
+        self._kernel(blocks, THREADS, args)
+        self.attention.prepare(is_graph=is_graph)
+        if has_lora:
+            num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
+            self.lora.prepare(num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+
+    def wait_for_adapters(self, layer: int) -> None:
+        """Make the current stream wait for the adapters' weights of `layer`."""
+        while self.arrivals and self.arrivals[0][0] <= layer:
+            torch.cuda.current_stream().wait_event(self.arrivals.pop(0)[1])
+
+    @property
+    def lora(self) -> Lora:
+        """Made when the first adapter comes: a base that is served alone needs no workspace for it."""
+        if self._lora is None:
+            self._lora = Lora(
+                self.pool,
+                self.tables.modules,
+                self.tables.pages,
+                max_rows=self.plan.capacity["token_ids"],
+                max_segments=min(self.plan.capacity["seg_adapter"], MAX_SEGMENTS),
+            )
+        return self._lora
+
+    @property
+    def ids(self) -> Tensor:
+        """int32 [num_rows]: tokens, references resolved."""
+        return self._ids[: self.num_rows]
+
+    @property
+    def rotation(self) -> Tensor:
+        """fp32 [num_rows, head_dim / 2, (cos, sin)]."""
+        return self._rotation
+
+    def sample_index(self, num_sampled: int) -> Tensor:
+        """int32 [num_sampled]: which rows are sampled."""
+        return self._sample_index[:num_sampled]

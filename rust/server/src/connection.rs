@@ -1,0 +1,140 @@
+//! One connection: hyper with its limits, around the router.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::Sleep;
+use tower_service::Service;
+
+use crate::app::App;
+use crate::router::Peer;
+
+/// Headers of one request.
+const MAX_HEADERS: usize = 256;
+/// hyper's buffer is larger than the limit on headers, so that the router can say in its own shape what is too large.
+const MIN_BUFFER_BYTES: usize = 128 << 10;
+
+/// Serves one connection to its end. With `stop`, it ends after the request that is being answered.
+pub(crate) async fn serve(
+    app: Arc<App>,
+    router: Router,
+    stream: TcpStream,
+    peer: Peer,
+    mut stop: watch::Receiver<bool>,
+) {
+    let _count = OpenConnection::new(app.clone());
+    let limits = &app.config.limits;
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        // The router is ready at all times.
+        router.clone().call(request.map(Body::new))
+    });
+    let stall = Duration::from_secs_f64(limits.stall_timeout_s);
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(Duration::from_secs_f64(limits.header_timeout_s))
+        .max_buf_size((2 * limits.max_header_bytes).max(MIN_BUFFER_BYTES))
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(Timed { stream, stall, timer: None }), service);
+    tokio::pin!(connection);
+    let mut is_stopping = *stop.borrow_and_update();
+    loop {
+        if is_stopping {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+            return;
+        }
+        tokio::select! {
+            // What went wrong with a connection is its client's business.
+            _ = connection.as_mut() => return,
+            changed = stop.changed() => is_stopping = changed.is_err() || *stop.borrow_and_update(),
+        }
+    }
+}
+
+/// Counts an open connection for as long as it lives.
+struct OpenConnection(Arc<App>);
+
+impl OpenConnection {
+    fn new(app: Arc<App>) -> Self {
+        app.metrics.open_connections.fetch_add(1, Ordering::Relaxed);
+        Self(app)
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.metrics.open_connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A socket that fails when its reader takes nothing for too long.
+struct Timed {
+    stream: TcpStream,
+    stall: Duration,
+    /// Runs while a write waits.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Timed {
+    fn watch<T>(&mut self, context: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            self.timer = None;
+            return polled;
+        }
+        let stall = self.stall;
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
+        timer.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Timed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Timed {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.watch(context, polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.watch(context, polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

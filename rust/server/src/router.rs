@@ -1,0 +1,305 @@
+//! The one table of routes, and what happens to every request before and after its route.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{RawPathParams, Request};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use axum::routing::{MethodFilter, on};
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+
+use crate::admission::{Load, Reservation};
+use crate::app::App;
+use crate::auth::{Caller, Level};
+use crate::errors::ApiError;
+use crate::record::Record;
+use crate::{adapters, chat, completions, health, models, tokenize};
+
+/// Longest request id of a client's that is taken over.
+const MAX_ID_LEN: usize = 128;
+
+/// What a route sends back.
+pub(crate) type Answer = Result<Response<Body>, ApiError>;
+type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verb {
+    Get,
+    Post,
+    Put,
+    Delete,
+}
+
+impl Verb {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Delete => "DELETE",
+        }
+    }
+
+    fn filter(self) -> MethodFilter {
+        match self {
+            Self::Get => MethodFilter::GET,
+            Self::Post => MethodFilter::POST,
+            Self::Put => MethodFilter::PUT,
+            Self::Delete => MethodFilter::DELETE,
+        }
+    }
+
+    fn has_body(self) -> bool {
+        matches!(self, Self::Post | Self::Put)
+    }
+}
+
+/// A route cannot be written down without its level.
+struct Route {
+    verb: Verb,
+    path: &'static str,
+    level: Level,
+    handler: Handler,
+}
+
+macro_rules! route {
+    ($verb:ident $path:literal, $level:ident, $handler:path) => {
+        Route { verb: Verb::$verb, path: $path, level: Level::$level, handler: |call| Box::pin($handler(call)) }
+    };
+}
+
+static ROUTES: &[Route] = &[
+    route!(Post "/v1/chat/completions", User, chat::complete),
+    route!(Post "/v1/completions", User, completions::complete),
+    route!(Get "/v1/models", User, models::list),
+    route!(Get "/v1/models/{*id}", User, models::get),
+    route!(Post "/tokenize", User, tokenize::tokenize),
+    route!(Post "/detokenize", User, tokenize::detokenize),
+    route!(Get "/tokenizer_info", User, tokenize::info),
+    route!(Post "/v1/load_lora_adapter", Admin, adapters::load_vllm),
+    route!(Post "/v1/unload_lora_adapter", Admin, adapters::unload_vllm),
+    route!(Get "/v1/adapters", Admin, adapters::list),
+    route!(Post "/v1/adapters/validate", Admin, adapters::validate),
+    route!(Get "/v1/adapters/{name}", Admin, adapters::get),
+    route!(Put "/v1/adapters/{name}", Admin, adapters::put),
+    route!(Delete "/v1/adapters/{name}", Admin, adapters::delete),
+    route!(Get "/health", Open, health::live),
+    route!(Get "/health/ready", Open, health::ready),
+    route!(Get "/ping", Open, health::live),
+    route!(Get "/version", User, health::version),
+    route!(Get "/load", User, health::load),
+    route!(Get "/metrics", User, health::metrics),
+];
+
+/// A route as it is known outside.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteInfo {
+    /// `GET`, `POST`, `PUT` or `DELETE`.
+    pub method: &'static str,
+    /// The path; `{name}` stands for one segment, `{*id}` for all that follow.
+    pub path: &'static str,
+    /// What it asks of its caller.
+    pub level: Level,
+}
+
+/// Every route that the server has.
+pub fn routes() -> impl Iterator<Item = RouteInfo> {
+    ROUTES.iter().map(|route| RouteInfo { method: route.verb.name(), path: route.path, level: route.level })
+}
+
+/// Where a request came in.
+#[derive(Clone, Copy)]
+pub(crate) struct Peer {
+    pub address: IpAddr,
+    /// The second port, where `/metrics` needs no key and only it and the open routes are there.
+    pub is_metrics_port: bool,
+}
+
+/// A request on its way to its route.
+pub(crate) struct Call {
+    pub app: Arc<App>,
+    pub caller: Caller,
+    pub record: Arc<Record>,
+    /// What stands for the path's `{}`.
+    pub param: String,
+    pub body: Bytes,
+    /// Of the body's bytes; a request without a body has none.
+    pub reservation: Option<Reservation>,
+}
+
+/// The routes as a service.
+pub(crate) fn router(app: &Arc<App>) -> Router {
+    let mut router = Router::new();
+    for route in ROUTES {
+        let app = app.clone();
+        let handler = move |params: Result<RawPathParams, _>, request: Request| {
+            let param = params.ok().and_then(|params: RawPathParams| {
+                params.iter().next().map(|(_, value)| value.trim_start_matches('/').to_owned())
+            });
+            answer(app.clone(), route, param.unwrap_or_default(), request)
+        };
+        router = router.route(route.path, on(route.verb.filter(), handler));
+    }
+    let (missing, other_method) = (app.clone(), app.clone());
+    router
+        .fallback(move |request: Request| {
+            let error = ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route");
+            refuse(missing.clone(), request, error)
+        })
+        .method_not_allowed_fallback(move |request: Request| {
+            let message = format!("the route does not take {}", request.method());
+            let error = ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message);
+            refuse(other_method.clone(), request, error)
+        })
+}
+
+async fn answer(app: Arc<App>, route: &'static Route, param: String, request: Request) -> Response<Body> {
+    let record = record(&app, route.verb.name(), route.path, request.headers());
+    let result = match call(&app, &record, route, param, request).await {
+        Ok(call) => (route.handler)(call).await,
+        Err(error) => Err(error),
+    };
+    finish(&app, &record, result)
+}
+
+async fn refuse(app: Arc<App>, request: Request, error: ApiError) -> Response<Body> {
+    let record = record(&app, "other", "none", request.headers());
+    finish(&app, &record, Err(error))
+}
+
+fn record(app: &App, method: &'static str, path: &'static str, headers: &HeaderMap) -> Arc<Record> {
+    let log = app.config.access_log.then(|| app.log.clone());
+    let record = Record::new(request_id(headers), method, log, app.metrics.clone());
+    record.facts().handler = path;
+    Arc::new(record)
+}
+
+/// The client's own id where it is sane, so that its log and this one can be laid side by side.
+fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get("x-request-id").and_then(|id| id.to_str().ok());
+    let is_sane = |id: &&str| {
+        (1..=MAX_ID_LEN).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b))
+    };
+    given.filter(is_sane).map_or_else(new_id, str::to_owned)
+}
+
+/// 32 hex digits that nobody guesses.
+pub(crate) fn new_id() -> String {
+    let mut bytes = [0; 16];
+    // A system without random numbers: ids are for logs, they may repeat.
+    let _ = getrandom::fill(&mut bytes);
+    format!("{:032x}", u128::from_le_bytes(bytes))
+}
+
+/// Lets the request in and reads its body.
+async fn call(
+    app: &Arc<App>,
+    record: &Arc<Record>,
+    route: &Route,
+    param: String,
+    request: Request,
+) -> Result<Call, ApiError> {
+    let caller = admit(app, route, &request)?;
+    record.facts().tenant = Some(caller.tenant.clone());
+    let (mut body, mut reservation) = (Bytes::new(), None);
+    if route.verb.has_body() {
+        check_media_type(request.headers())?;
+        let len = announced_len(app, request.headers())?;
+        reservation = Some(app.admission.reserve(Load { bytes: len as u64, ..Load::default() })?);
+        body = read_body(app, request.into_body()).await?;
+    }
+    Ok(Call { app: app.clone(), caller, record: record.clone(), param, body, reservation })
+}
+
+fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError> {
+    let headers = request.headers();
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let bytes = bytes + request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    let limit = app.config.limits.max_header_bytes;
+    if bytes > limit {
+        let message = format!("the request's headers have {bytes} bytes, the limit is {limit}");
+        return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
+    }
+    let Some(peer) = request.extensions().get::<Peer>() else {
+        return Err(ApiError::internal("the connection's address is not known"));
+    };
+    if !peer.is_metrics_port {
+        return app.auth.admit(route.level, headers, peer.address);
+    }
+    if route.level == Level::Open || route.path == "/metrics" {
+        return app.auth.admit(Level::Open, headers, peer.address);
+    }
+    Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "this port answers /metrics and the health routes only"))
+}
+
+fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let kind = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    if kind.eq_ignore_ascii_case("application/json") || kind.is_empty() {
+        return Ok(());
+    }
+    let message = "the body must be JSON; hint: send `Content-Type: application/json`";
+    Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
+}
+
+/// Bytes that the body may have: what it says, or all that any may.
+fn announced_len(app: &App, headers: &HeaderMap) -> Result<usize, ApiError> {
+    let limit = app.config.limits.max_body_bytes;
+    let len = headers.get(header::CONTENT_LENGTH).and_then(|len| len.to_str().ok()?.parse().ok()).unwrap_or(limit);
+    if len > limit { Err(too_large(limit)) } else { Ok(len) }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the body is larger than {limit} bytes, which is the limit");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+}
+
+async fn read_body(app: &App, body: Body) -> Result<Bytes, ApiError> {
+    let limits = &app.config.limits;
+    let bad = |message: String| ApiError::new(StatusCode::BAD_REQUEST, "incomplete_body", message);
+    let timeout = Duration::from_secs_f64(limits.body_timeout_s);
+    match tokio::time::timeout(timeout, Limited::new(body, limits.max_body_bytes).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limits.max_body_bytes)),
+        Ok(Err(error)) => Err(bad(format!("the body could not be read: {error}"))),
+        Err(_) => Err(bad(format!("the body was not there within {} s", limits.body_timeout_s))),
+    }
+}
+
+/// Writes down how it went. A stream says itself when it is done.
+fn finish(app: &App, record: &Record, result: Answer) -> Response<Body> {
+    let mut facts = record.facts();
+    let mut response = result.unwrap_or_else(|error| {
+        facts.error = Some(error.code);
+        if matches!(error.status.as_u16(), 429 | 503) {
+            app.metrics.count_rejected(error.code);
+        }
+        facts.is_stream = false;
+        error.response()
+    });
+    facts.status = response.status().as_u16();
+    facts.is_done |= !facts.is_stream;
+    drop(facts);
+    if let Ok(id) = HeaderValue::from_str(&record.id) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    response
+}
+
+/// A JSON answer.
+pub(crate) fn json_response(value: &serde_json::Value) -> Response<Body> {
+    typed_response("application/json", value.to_string())
+}
+
+/// An answer with its media type.
+pub(crate) fn typed_response(media_type: &'static str, body: String) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    response
+}

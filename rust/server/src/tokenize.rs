@@ -1,0 +1,88 @@
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`: the model's text side, for clients that have no copy of it.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use slora_text::TextModel;
+
+use crate::app::App;
+use crate::chat;
+use crate::completions::no_tokenizer;
+use crate::errors::{ApiError, text_error};
+use crate::fields::Fields;
+use crate::inference::check_text_len;
+use crate::router::{Answer, Call, json_response};
+
+fn text(app: &App) -> Result<Arc<TextModel>, ApiError> {
+    app.runtime.text().cloned().ok_or_else(no_tokenizer)
+}
+
+/// `model` may be left out here; where it is given, the caller must be allowed to use it.
+fn check_model(call: &Call, fields: &mut Fields) -> Result<(), ApiError> {
+    match fields.take("model")? {
+        Some(model) => call.app.resolve(&call.caller, model).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Text or messages → ids.
+pub(crate) async fn tokenize(call: Call) -> Answer {
+    let app = call.app.clone();
+    let mut fields = Fields::parse(&call.body, app.config.limits.max_json_depth)?;
+    check_model(&call, &mut fields)?;
+    let model = text(&app)?;
+    let shows_tokens = fields.take("return_token_strs")?.unwrap_or(false);
+    let adds_special: Option<bool> = fields.take("add_special_tokens")?;
+    let pool = app.clone();
+    let prompt: Option<String> = fields.take("prompt")?;
+    let input = if prompt.is_none() { Some(chat::take_input(&app, &mut fields)?) } else { None };
+    app.note_unknown(&fields)?;
+    let work = move || {
+        let ids = match (prompt, input) {
+            (Some(prompt), _) => {
+                check_text_len(&pool, prompt.len())?;
+                model.encode(&prompt, adds_special.unwrap_or(true)).map_err(|error| text_error(&error))?
+            }
+            (None, Some(input)) => chat::encode(&pool, &model, &input)?,
+            (None, None) => Vec::new(),
+        };
+        let strings = ids.iter().map(|id| model.token_text(*id).unwrap_or_default());
+        let strings: Option<Vec<String>> = shows_tokens.then(|| strings.collect());
+        let max_context = pool.runtime.config().max_context;
+        Ok(json!({"count": ids.len(), "max_model_len": max_context, "tokens": ids, "token_strs": strings}))
+    };
+    Ok(json_response(&app.text_pool.run(call.body.len(), work).await?))
+}
+
+/// Ids → text.
+pub(crate) async fn detokenize(call: Call) -> Answer {
+    let app = call.app.clone();
+    let mut fields = Fields::parse(&call.body, app.config.limits.max_json_depth)?;
+    check_model(&call, &mut fields)?;
+    let ids: Vec<u32> = fields.require("tokens")?;
+    let skips_special = fields.take("skip_special_tokens")?.unwrap_or(false);
+    app.note_unknown(&fields)?;
+    let vocab_size = app.runtime.config().vocab_size;
+    if let Some(id) = ids.iter().find(|id| **id >= vocab_size) {
+        return Err(ApiError::invalid(
+            "tokens",
+            format!("token {id} is not one of the {vocab_size} in the vocabulary"),
+        ));
+    }
+    let model = text(&app)?;
+    let work = move || model.decode(&ids, skips_special).map_err(|error| text_error(&error));
+    Ok(json_response(&json!({"prompt": app.text_pool.run(call.body.len(), work).await?})))
+}
+
+/// What clients need to build prompts themselves.
+pub(crate) async fn info(call: Call) -> Answer {
+    let model = text(&call.app)?;
+    let mut info: Map<String, Value> =
+        model.special_tokens().map(|(name, token)| (name.to_owned(), json!(token))).collect();
+    info.insert("eos_token_id".into(), json!(model.eos_token_id()));
+    info.insert("stop_token_ids".into(), json!(model.stop_token_ids()));
+    info.insert("vocab_size".into(), json!(model.vocab_size()));
+    info.insert("model_max_length".into(), json!(call.app.runtime.config().max_context));
+    info.insert("chat_template".into(), json!(model.chat_template().and_then(|template| template.source(false))));
+    Ok(json_response(&Value::Object(info)))
+}

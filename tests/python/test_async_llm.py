@@ -1,0 +1,166 @@
+"""Streams and answers under asyncio."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from conftest import ADAPTERS, BASE
+
+import slora
+
+LONG: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True, "temperature": 0}
+
+
+def run(body: Callable[[slora.AsyncLLM], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with slora.AsyncLLM(BASE, adapters=ADAPTERS, device="cpu", **options) as llm:
+            await body(llm)
+
+    asyncio.run(main())
+
+
+async def settle(llm: slora.AsyncLLM) -> None:
+    async with asyncio.timeout(5):
+        while (stats := llm.stats()).running or stats.waiting or stats.kv_pages:
+            await asyncio.sleep(0.005)
+
+
+def test_a_stream_brings_what_generate_brings() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        whole = await llm.generate("window water", adapter="reverse", temperature=0, max_tokens=30, logprobs=1)
+        stream = llm.stream("window water", adapter="reverse", temperature=0, max_tokens=30, logprobs=1)
+        deltas = [delta async for delta in stream]
+        assert "".join(delta.text for delta in deltas) == whole.text == "retaw wodniw"
+        assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+        assert [found for delta in deltas for found in delta.logprobs or []] == whole.logprobs
+        assert [delta.finish_reason for delta in deltas][-2:] == [None, "stop"]
+        assert len(deltas) > 5
+        assert (stream.prompt_token_ids, stream.adapter) == (whole.prompt_token_ids, "reverse")
+
+    run(body)
+
+
+def test_many_tasks_share_the_engine() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        words = [f"ab{chr(97 + i % 26)}" for i in range(60)]
+
+        async def ask(i: int) -> str:
+            text = ""
+            adapter = ("reverse", "upper", None)[i % 3]
+            async for delta in llm.stream(words[i], adapter=adapter, temperature=0, max_tokens=16):
+                text += delta.text
+            return text
+
+        answers = await asyncio.gather(*(ask(i) for i in range(60)))
+        assert answers == [(word[::-1], word.upper(), word)[i % 3] for i, word in enumerate(words)]
+        results = await llm.generate(["abc", "def"] * 100, adapter=["upper", "reverse"] * 100, temperature=0)
+        assert [result.text for result in results] == ["ABC", "fed"] * 100
+
+    run(body, max_running=8, max_waiting=100)
+
+
+def test_the_loop_wakes_once_a_step_however_many_streams_there_are() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        streams = [llm.stream("abc", **LONG | {"max_tokens": 100}) for _ in range(20)]
+        wakes, waker = 0, llm._waker()
+        dispatch = waker._dispatch
+
+        def count() -> None:
+            nonlocal wakes
+            wakes += 1
+            dispatch()
+
+        waker._dispatch = count  # type: ignore[method-assign]
+        before = llm.stats().steps
+
+        async def drain(stream: slora.async_llm.Stream) -> int:
+            return sum([len(delta.token_ids) async for delta in stream])
+
+        assert await asyncio.gather(*map(drain, streams)) == [100] * 20
+        assert wakes < 2 * (llm.stats().steps - before) + 20
+
+    run(body)
+
+
+def test_leaving_the_loop_cancels_the_request() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        async for _ in llm.stream("abc", **LONG):
+            break
+        await settle(llm)
+        assert llm.stats().generated_tokens < 900
+        stream = llm.stream("abc", **LONG)
+        await anext(stream)
+        await stream.aclose()
+        await settle(llm)
+        assert [delta async for delta in stream] == []
+
+    run(body)
+
+
+def test_cancelling_the_task_cancels_its_requests() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        async def drain() -> None:
+            async for _ in llm.stream("abc", **LONG):
+                pass
+
+        tasks = [asyncio.create_task(drain()), asyncio.create_task(llm.generate(["abc"] * 9, **LONG))]
+        while llm.stats().running < 10:
+            await asyncio.sleep(0.005)
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await settle(llm)
+        assert not llm._waker()._calls
+
+    run(body)
+
+
+def test_errors_are_raised_where_the_stream_is_read() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        with pytest.raises(slora.UnknownAdapterError, match="nobody"):
+            await anext(llm.stream("abc", adapter="nobody"))
+        with pytest.raises(slora.RequestError, match="temperature is -1"):
+            llm.stream("abc", temperature=-1.0)
+        with pytest.raises(slora.UnknownAdapterError, match="nobody"):
+            await llm.generate(["abc"] * 3, adapter=["upper", "nobody", None])
+        await settle(llm)
+        assert (await llm.generate("abc", adapter="upper", temperature=0)).text == "ABC"
+
+    run(body)
+
+
+def test_chats_can_be_awaited_and_streamed() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        messages = [{"role": "user", "content": "hello"}]
+        assert (await llm.chat(messages, adapter="upper", temperature=0)).text == "HELLO"
+        deltas = [delta.text async for delta in llm.chat_stream(messages, adapter="spell", temperature=0)]
+        assert "".join(deltas) == "h-e-l-l-o"
+
+    run(body)
+
+
+def test_closing_ends_streams_with_an_error() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        stream = llm.stream("abc", **LONG)
+        waiting = asyncio.create_task(llm.generate("abc", **LONG))
+        await anext(stream)
+        await llm.close()
+        with pytest.raises(slora.RequestError, match="closed"):
+            async for _ in stream:
+                pass
+        with pytest.raises(slora.RequestError, match="closed"):
+            await waiting
+        with pytest.raises(slora.RequestError, match="closed"):
+            llm.stream("abc")
+
+    run(body)
+
+
+def test_one_engine_serves_several_event_loops_in_turn() -> None:
+    llm = slora.AsyncLLM(BASE, adapters=ADAPTERS, device="cpu")
+    for _ in range(2):
+        assert asyncio.run(llm.generate("abc", adapter="upper", temperature=0)).text == "ABC"  # type: ignore[arg-type]
+    asyncio.run(llm.close())

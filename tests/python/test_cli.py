@@ -1,0 +1,98 @@
+"""The `slora` command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ADAPTERS, BASE, NAMES
+
+from slora import demo
+from slora.cli import main
+
+
+def test_the_demo_prints_answers_and_scores_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "banana          reverse   ananab" in output
+    for name in NAMES:
+        assert f"{name:10}  1.000  0.000" in output
+
+
+def test_the_demo_fails_when_a_score_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, max_tokens = demo.read_cases(demo.example_dir())
+    wrong = [demo.Case(case.adapter, case.prompt, case.prompt) for case in cases if case.adapter == "sort"]
+    monkeypatch.setattr(demo, "read_cases", lambda _: (wrong, max_tokens))
+    assert main(["demo", "--device", "cpu"]) == 1
+    assert "sort        0.000  1.000  wrong" in capsys.readouterr().out
+
+
+def test_generate_answers_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(BASE), "abc", "def", "--adapters", str(ADAPTERS), "--device", "cpu"]
+    assert main([*arguments, "--adapter", "reverse"]) == 0
+    assert capsys.readouterr().out == "cba\nfed\n"
+    assert main([*arguments, "--adapter", "upper", "--adapter", "", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["adapter"], line["text"]) for line in found] == [("upper", "ABC"), (None, "def")]
+    assert main([*arguments, "--chat", "--adapter", "upper"]) == 0
+    assert capsys.readouterr().out == "ABC\nDEF\n"
+
+
+def test_errors_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(BASE), "abc", "--adapter", "nobody", "--device", "cpu"]) == 1
+    assert 'slora: UnknownAdapterError: no adapter is named "nobody"' in capsys.readouterr().err
+    assert main(["generate", "/nowhere", "abc"]) == 1
+    assert "LoadError" in capsys.readouterr().err
+
+
+def test_adapters_check_accounts_for_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["adapters", "check", str(ADAPTERS / "piglatin"), "--base", str(BASE)]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "v_proj           4  20          1.5" in output
+    assert "56 tensors mapped, 0 ignored" in output
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tensors"]) == 56
+
+
+def test_adapters_check_says_why_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = json.loads((ADAPTERS / "upper" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (tmp_path / "adapter_model.safetensors").symlink_to(ADAPTERS / "upper" / "adapter_model.safetensors")
+    arguments = ["adapters", "check", str(tmp_path), "--base", str(BASE)]
+    assert main(arguments) == 1
+    assert "refused" in (output := capsys.readouterr().out)
+    assert "use_dora" in output
+    assert main([*arguments, "--json"]) == 1
+    assert "use_dora" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_adapters_ls_lists_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "ls", str(ADAPTERS), "--base", str(BASE)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == NAMES
+
+
+def test_doctor_says_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert "torch" in (output := capsys.readouterr().out)
+    assert "device cpu" in output
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["adapters"], ["adapters", "check"], ["doctor"]])
+def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: slora" in capsys.readouterr().out
+
+
+def test_python_m_slora_is_the_command() -> None:
+    process = subprocess.run([sys.executable, "-m", "slora", "--version"], capture_output=True, text=True, check=True)
+    assert process.stdout.startswith("slora ")
+    wrong = subprocess.run([sys.executable, "-m", "slora", "fly"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
