@@ -10,6 +10,7 @@ __all__ = [
     "Mailbox",
     "Output",
     "Sampling",
+    "Server",
     "Text",
     "__version__",
     "check_adapter",
@@ -235,8 +236,30 @@ class Core:
     def adapters(self) -> list[dict[str, Any]]: ...
     def adapter_names(self) -> list[str]: ...
     def stats(self) -> dict[str, int]: ...
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has stopped by itself; None: it has not."""
+
     def begin_close(self) -> None:
         """Take nothing more and end every request; the step thread then sees `wait` return False."""
 
     def close(self) -> None:
         """After the step thread has ended: wait for loaders and delivery. Nothing touches the slabs afterwards."""
+
+@final
+class Server:
+    """A running HTTP server beside the engine. It needs no interpreter."""
+
+    def __new__(cls, core: Core, config: str) -> Self:
+        """`config`: the server's configuration as JSON (docs/http.md). Raises ConfigError; else it listens."""
+
+    @property
+    def address(self) -> str: ...
+    def begin_drain(self) -> None:
+        """Refuse new work; running requests may finish."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all requests have ended after `begin_drain`, or until the timeout."""
+
+    def stop(self) -> None:
+        """End every connection."""

@@ -2,19 +2,21 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slora import __version__, _core
-from slora.errors import AdapterError, SloraError
+from slora.errors import AdapterError, ConfigError, SloraError
 
 EXAMPLES = """examples:
   slora demo                                              the embedded example, on whatever this machine has
   slora generate path/to/base "Once upon a time" --max-tokens 64
   slora generate path/to/base "hello" --adapters path/to/adapters --adapter formal
   slora adapters check path/to/adapter --base path/to/base
+  slora serve path/to/base --adapter-dir path/to/adapters OpenAI-compatible server
   slora doctor                                            what is installed, and what would run
 """
 Parsers = Any
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"slora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_demo, add_generate, add_adapters, add_doctor):
+    for add in (add_demo, add_generate, add_adapters, add_serve, add_doctor):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -182,6 +184,61 @@ def run_ls(options: argparse.Namespace) -> int:
         ranks = _range(report["min_rank"], report["max_rank"])
         print(f"{name:24}  {ranks:10}  {report['image_bytes'] / 1e6:9.2f}  {modules}")
     return 0 if is_good else 1
+
+
+def add_serve(commands: Parsers) -> None:
+    examples = (
+        "  slora serve path/to/base --adapter-dir path/to/adapters\n"
+        "  slora serve path/to/base --adapter formal=path/to/formal --api-key $KEY --admin-key $ADMIN --host 0.0.0.0\n"
+    )
+    parser = add_command(commands, "serve", run_serve, "serve the OpenAI API over HTTP", examples)
+    parser.add_argument("model", type=Path, help="folder of the base model")
+    parser.add_argument(
+        "--adapter", "--lora-modules", action="append", default=[], metavar="NAME=PATH", help="repeatable"
+    )
+    parser.add_argument("--adapter-dir", type=Path, help="folder of adapters, watched; also a root")
+    parser.add_argument("--adapter-root", action="append", default=[], type=Path, help="paths over HTTP lie beneath")
+    parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
+    parser.add_argument("--host", default="127.0.0.1", help="without any key: loopback only")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--metrics-port", type=int, help="answers /metrics and the health routes without a key")
+    parser.add_argument("--api-key", action="append", default=[], help="also SLORA_API_KEY; repeatable")
+    parser.add_argument("--api-keys-file", type=Path, help="keys with tenants and limits (docs/http.md)")
+    parser.add_argument("--admin-key", action="append", default=[], help="also SLORA_ADMIN_KEY; may manage adapters")
+    parser.add_argument("--drain-timeout", type=float, default=15.0, metavar="S")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-context", "--max-model-len", type=int)
+    parser.add_argument("--max-running", type=int, default=256)
+    parser.add_argument("--pool-bytes", type=int)
+    parser.add_argument("--host-bytes", type=int)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    from slora.options import Options
+    from slora.serve import serve
+
+    def keys(given: list[str], variable: str) -> list[str]:
+        return given or [key for key in [os.environ.get(variable, "")] if key]
+
+    adapters = [dict(zip(("name", "path"), spec.partition("=")[::2], strict=True)) for spec in options.adapter]
+    if bad := next((spec for spec in options.adapter if "=" not in spec), None):
+        raise ConfigError(f"--adapter {bad!r}: must be NAME=PATH")
+    config = {
+        "host": options.host,
+        "port": options.port,
+        "metrics_port": options.metrics_port,
+        "served_model_names": options.served_model_name,
+        "adapters": adapters,
+        "adapter_dir": options.adapter_dir and str(options.adapter_dir),
+        "adapter_roots": [str(path) for path in options.adapter_root],
+        "api_keys": keys(options.api_key, "SLORA_API_KEY"),
+        "api_keys_file": options.api_keys_file and str(options.api_keys_file),
+        "admin_keys": keys(options.admin_key, "SLORA_ADMIN_KEY"),
+    }
+    names = ("device", "dtype", "max_context", "max_running", "pool_bytes", "host_bytes")
+    engine = Options(**{name: getattr(options, name) for name in names})
+    return serve(options.model, engine, config, options.drain_timeout)
 
 
 def add_doctor(commands: Parsers) -> None:

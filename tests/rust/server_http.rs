@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use slora_core::EngineConfig;
 use slora_server::{Level, routes};
 
-use server_world::{MAX_CONTEXT, Response, SCRIPT, World, events, example, read_head};
+use server_world::{MAX_CONTEXT, Response, SCRIPT, World, example, read_head};
 
 /// A completion of the base model from one token, so that it says the script from its beginning.
 fn completion(max_tokens: u32) -> Value {
@@ -27,6 +27,16 @@ fn with(mut body: Value, fields: Value) -> Value {
 fn text_of(events: &[Value], index: usize) -> String {
     let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
     choices.filter(|choice| choice["index"] == index).filter_map(|choice| choice["text"].as_str()).collect()
+}
+
+/// Events that bring text. The end of a choice may come with its last token's event or in one of its own.
+fn num_shown(events: &[Value]) -> usize {
+    let is_shown = |event: &&Value| {
+        let choice = &event["choices"][0];
+        let text = choice["text"].as_str().or(choice["delta"]["content"].as_str());
+        text.is_some_and(|text| !text.is_empty())
+    };
+    events.iter().filter(is_shown).count()
 }
 
 fn copy_adapter(from: &str, to: &Path) {
@@ -82,15 +92,15 @@ fn a_completion_streams_one_event_a_token_and_then_its_usage() {
     let world = World::new();
     let body = with(completion(6), json!({"stream": true, "stream_options": {"include_usage": true}}));
     let events = world.post("/v1/completions", &body).events();
-    assert_eq!(events.len(), 7);
-    assert_eq!(text_of(&events, 0), SCRIPT[..6]);
-    assert_eq!(events[4]["choices"][0]["finish_reason"], Value::Null);
-    assert_eq!(events[5]["choices"][0]["finish_reason"], "length");
-    assert_eq!(events[6]["choices"], json!([]));
-    assert_eq!(events[6]["usage"]["completion_tokens"], 6);
+    assert_eq!((num_shown(&events), text_of(&events, 0).as_str()), (6, &SCRIPT[..6]));
+    let [.., before, last, usage] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(before["choices"][0]["finish_reason"], Value::Null);
+    assert_eq!(last["choices"][0]["finish_reason"], "length");
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"]["completion_tokens"], 6);
     let with_n = with(body, json!({"n": 3, "stream_options": null}));
     let events = world.post("/v1/completions", &with_n).events();
-    assert_eq!(events.len(), 18);
+    assert_eq!(num_shown(&events), 18);
     assert!((0..3).all(|index| text_of(&events, index) == SCRIPT[..6]));
 }
 
@@ -137,7 +147,7 @@ fn a_chat_is_whole_or_streams_with_its_role_first() {
     assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
     let streamed = with(body, json!({"stream": true, "logprobs": true, "top_logprobs": 2}));
     let events = world.post("/v1/chat/completions", &streamed).events();
-    assert_eq!(events.len(), 5);
+    assert_eq!(num_shown(&events), 4);
     assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
     let deltas = events[1..].iter().map(|event| event["choices"][0]["delta"]["content"].as_str().unwrap());
     assert_eq!(deltas.collect::<String>(), expected);
@@ -643,5 +653,140 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     let body = with(completion(2), json!({"stream": true}));
     let response = world.post("/v1/completions", &body);
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
-    assert_eq!(events(response.body.strip_suffix("data: [DONE]\n\n").unwrap()).len(), 2);
+    assert_eq!(num_shown(&response.events()), 2);
+}
+
+#[test]
+fn a_watched_folder_is_what_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_adapter("reverse", &folder.path().join("there"));
+    let world = World::configured(json!({"adapter_dir": folder.path(), "adapter_poll_s": 0.02}));
+    let version = |name: &str| world.runtime.adapter(name).unwrap().map(|details| details.info.version);
+    let wait = |what: &str, name: &str, expected: Option<u32>| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while version(name) != expected {
+            assert!(Instant::now() < deadline, "never so: {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    assert_eq!(version("there"), Some(1), "what was there is known before the first request");
+    std::fs::create_dir(folder.path().join("half")).unwrap();
+    let file = |name: &str, to: &str| {
+        std::fs::copy(example("adapters/upper").join(name), folder.path().join(to).join(name)).unwrap();
+    };
+    file("adapter_config.json", "half");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(version("half"), None, "a half-written one waits");
+    file("adapter_model.safetensors", "half");
+    wait("a whole one is registered", "half", Some(1));
+    file("adapter_model.safetensors", "there");
+    file("adapter_config.json", "there");
+    wait("a changed one is a new version", "there", Some(2));
+    std::fs::remove_dir_all(folder.path().join("half")).unwrap();
+    wait("a removed one goes", "half", None);
+    assert_eq!(world.post("/v1/completions", &with(completion(1), json!({"model": "there"}))).status, 200);
+}
+
+#[test]
+fn the_metrics_port_needs_no_key_and_answers_nothing_else() {
+    let config = json!({"metrics_port": 0, "api_keys": ["user"], "admin_keys": ["admin"]});
+    let world = World::configured(config);
+    let address = world.server.metrics_address().unwrap();
+    let get = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: any\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        Response::read(stream).status
+    };
+    assert_eq!([get("/metrics"), get("/health/ready"), get("/v1/models"), get("/v1/adapters")], [200, 200, 404, 404]);
+    assert_eq!(world.get("/metrics").error(), (401, "invalid_api_key".into()));
+}
+
+#[test]
+fn pages_of_other_origins_are_let_in_only_if_allowed() {
+    let world = World::configured(json!({"allowed_origins": ["https://good.example"]}));
+    let preflight = |origin: &str| {
+        let headers = [("origin", origin), ("access-control-request-method", "POST")];
+        let response = world.send("OPTIONS", "/v1/completions", &headers, None);
+        (response.status, response.header("access-control-allow-origin").map(str::to_owned))
+    };
+    assert_eq!(preflight("https://good.example"), (204, Some("https://good.example".into())));
+    assert_eq!(preflight("https://bad.example"), (405, None));
+    let body = completion(1).to_string();
+    let asked = world.send("POST", "/v1/completions", &[("origin", "https://good.example")], Some(&body));
+    assert_eq!(asked.header("access-control-allow-origin"), Some("https://good.example"));
+    let untyped = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\norigin: https://bad.example\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    assert_eq!(Response::read(world.raw(&untyped)).error(), (415, "unsupported_media_type".into()));
+}
+
+#[test]
+fn a_large_request_that_is_refused_gets_its_answer_and_not_a_reset() {
+    let world = World::configured(json!({"api_keys": ["user"]}));
+    let body = "x".repeat(8 << 20);
+    assert_eq!(world.send("POST", "/v1/completions", &[], Some(&body)).error(), (401, "invalid_api_key".into()));
+    let mut slow = world.raw("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{");
+    for part in [998, 1] {
+        std::thread::sleep(Duration::from_millis(100));
+        slow.write_all(&vec![b' '; part]).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(Response::read(slow).error(), (401, "invalid_api_key".into()));
+}
+
+#[test]
+fn a_server_that_cannot_work_does_not_start() {
+    let world = World::new();
+    let config = [
+        json!({"limits": {"max_n": 0}}),
+        json!({"limits": {"body_timeout_s": -1.0}}),
+        json!({"port": 0, "host": "192.0.2.1"}),
+    ];
+    for config in config {
+        let config = serde_json::from_value(config).unwrap();
+        assert!(slora_server::Server::start(config, world.runtime.clone()).is_err());
+    }
+}
+
+#[test]
+fn one_connection_too_many_is_told_so() {
+    let world = World::configured(json!({"limits": {"max_connections": 2}}));
+    let held = [world.raw("GET"), world.raw("GET")];
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let response = Response::read(world.raw("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"));
+        if response.status == 503 {
+            assert_eq!(response.json()["error"]["code"], "server_overloaded");
+            break;
+        }
+        assert!(Instant::now() < deadline);
+    }
+    drop(held);
+}
+
+#[test]
+fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
+    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+    let body =
+        with(completion(200), json!({"stream": true, "n": 128, "logprobs": 5, "return_token_ids": true})).to_string();
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&world.server.address().into()).unwrap();
+    let mut stalled = std::net::TcpStream::from(socket);
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
+    stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
+    assert!(world.get("/metrics").body.contains("slora:open_streams 1\n"));
+    assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !world.get("/metrics").body.contains("slora:open_streams 0\n") {
+        assert!(Instant::now() < deadline, "the stalled reader was not dropped");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(world.get("/metrics").body.contains("slora:disconnects_total 1\n"));
+    assert_eq!(world.get("/load").json()["server_load"], 0);
+    drop(stalled);
 }

@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use slora_core::{AdapterState, EngineConfig, Eviction};
-use slora_runtime::{AdapterDetails, Runtime, RuntimeConfig, StepLogprobs, Stepper, Submission};
+use slora_runtime::{AdapterDetails, Runtime, RuntimeConfig, State, StepLogprobs, Stepper, Submission};
 
 use crate::base::Base;
 use crate::buffers::{self, Lent};
@@ -33,6 +33,10 @@ pub(crate) struct Core {
 impl Core {
     fn stepper(&self) -> MutexGuard<'_, Option<Stepper>> {
         self.stepper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn runtime(&self) -> Arc<Runtime> {
+        self.runtime.clone()
     }
 
     /// Threads do not survive a fork: a child's call would wait for ever.
@@ -274,6 +278,14 @@ impl Core {
         }
         dict.set_item("load_us", snapshot.load_us)?;
         Ok(dict)
+    }
+
+    #[getter]
+    fn failure(&self) -> Option<String> {
+        match self.runtime.state() {
+            State::Failed(reason) => Some(reason.to_string()),
+            _ => None,
+        }
     }
 
     fn begin_close(&self, py: Python<'_>) {

@@ -10,6 +10,7 @@ mod core;
 mod errors;
 mod outputs;
 mod sampling;
+mod server;
 mod text;
 
 #[pymodule]
@@ -24,6 +25,8 @@ mod _core {
     use super::outputs::{Delta, Mailbox, Output};
     #[pymodule_export]
     use super::sampling::Sampling;
+    #[pymodule_export]
+    use super::server::Server;
     #[pymodule_export]
     use super::text::Text;
 

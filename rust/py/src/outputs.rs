@@ -14,7 +14,7 @@ use slora_runtime::{End, TokenLogprobs};
 use crate::errors::request_error;
 
 /// How long a waiting call keeps Python from looking at signals.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The requests that have something new, for one reader of many.
 #[pyclass(frozen, module = "slora._core")]

@@ -109,8 +109,8 @@ impl Requests {
 
     fn deliver(&mut self, events: Events, logprobs: &StepLogprobs) {
         for end in &events.ended {
-            if let (EndReason::Stop(_), Some(channel)) = (&end.reason, self.open.get(&end.request)) {
-                channel.hide_next();
+            if let Some(channel) = self.open.get(&end.request) {
+                channel.begin_end(matches!(end.reason, EndReason::Stop(_)));
             }
         }
         for event in &events.prompts {

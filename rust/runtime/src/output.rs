@@ -125,13 +125,14 @@ struct ChannelState {
     /// Pieces of the delta whose text is made.
     num_decoded: usize,
     num_tokens: u32,
+    /// The end comes right behind what is being pushed.
+    is_ending: bool,
     /// The token of the running step ends the request and is no text.
     hides_last: bool,
     /// The last piece is such a token.
     is_last_hidden: bool,
     /// The reader was told and has not looked yet.
     is_signalled: bool,
-    is_taken_to_end: bool,
 }
 
 /// What a token meant for the request's text.
@@ -175,9 +176,12 @@ impl Channel {
         }
     }
 
-    /// The next token ends the request and is no text.
-    pub fn hide_next(&self) {
-        self.lock().hides_last = true;
+    /// The request ends in this step: readers are woken for its last token and its end together. `hides_last`: that token
+    /// is no text.
+    pub fn begin_end(&self, hides_last: bool) {
+        let mut state = self.lock();
+        state.is_ending = true;
+        state.hides_last = hides_last;
     }
 
     pub fn push(&self, token: u32, logprobs: Option<TokenLogprobs>, at: Instant) -> TextProgress {
@@ -194,7 +198,7 @@ impl Channel {
             let is_over = state.delta.end.is_some();
             progress = if is_over { TextProgress::Ended } else { TextProgress::Checked(state.num_tokens) };
         }
-        if self.spec.wakes_on_token || state.delta.end.is_some() {
+        if (self.spec.wakes_on_token && !state.is_ending) || state.delta.end.is_some() {
             self.signal(state);
         }
         progress
@@ -304,7 +308,6 @@ impl Output {
         let had_end = state.delta.end.is_some();
         if had_end {
             state.finish();
-            state.is_taken_to_end = true;
         }
         state.num_decoded = 0;
         state.is_last_hidden = false;

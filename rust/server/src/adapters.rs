@@ -242,6 +242,6 @@ mod tests {
             let error = confine(&roots, &path).unwrap_err();
             assert_eq!((error.status.as_u16(), error.code), (400, "path_not_allowed"), "{}", path.display());
         }
-        assert!(!confine(&[], &root.join("a")).is_ok(), "without roots nothing is allowed");
+        assert!(confine(&[], &root.join("a")).is_err(), "without roots nothing is allowed");
     }
 }

@@ -100,7 +100,7 @@ pub(crate) fn take_input(app: &App, fields: &mut Fields) -> Result<ChatInput, Ap
 /// A role, and content that is text: parts are joined by line breaks, as most templates know strings only.
 fn check_message(index: usize, message: &mut Map<String, Value>) -> Result<(), ApiError> {
     let invalid = |what: &str| Err(ApiError::invalid("messages", format!("messages[{index}] {what}")));
-    if !message.get("role").is_some_and(|role| role.as_str().is_some_and(|role| !role.is_empty())) {
+    if message.get("role").and_then(Value::as_str).is_none_or(str::is_empty) {
         return invalid("has no role");
     }
     if message.get("tool_calls").is_some_and(|calls| !calls.is_null() && calls.as_array().is_none_or(|c| !c.is_empty()))

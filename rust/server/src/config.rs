@@ -58,14 +58,12 @@ pub struct ServerConfig {
     pub served_model_names: Vec<String>,
     /// Adapters from the command line.
     pub adapters: Vec<AdapterFlag>,
-    /// A folder of adapters that is watched; it is a root too.
+    /// A folder that is watched: each of its folders is an adapter, by its name. It is a root too.
     pub adapter_dir: Option<PathBuf>,
     /// Folders beneath which paths over HTTP must lie.
     pub adapter_roots: Vec<PathBuf>,
     /// Time between two looks at `adapter_dir`, in seconds.
     pub adapter_poll_s: f64,
-    /// Whether an adapter's own chat template is used.
-    pub adapter_chat_templates: bool,
     /// Users' keys.
     pub api_keys: Vec<Secret>,
     /// A file of users' keys with what each may do; read again when it changes.
@@ -102,7 +100,6 @@ impl Default for ServerConfig {
             adapter_dir: None,
             adapter_roots: Vec::new(),
             adapter_poll_s: 5.0,
-            adapter_chat_templates: false,
             api_keys: Vec::new(),
             api_keys_file: None,
             admin_keys: Vec::new(),

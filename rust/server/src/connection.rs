@@ -27,6 +27,9 @@ const MAX_HEADERS: usize = 256;
 /// hyper's buffer is larger than the limit on headers, so that the router can say in its own shape what is too large.
 const MIN_BUFFER_BYTES: usize = 128 << 10;
 
+/// How long a client may take to close its side after the last answer.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// Serves one connection to its end. With `stop`, it ends after the request that is being answered.
 pub(crate) async fn serve(
     app: Arc<App>,
@@ -81,11 +84,11 @@ impl Drop for OpenConnection {
     }
 }
 
-/// A socket that fails when its reader takes nothing for too long.
+/// A socket that fails when its reader takes nothing for too long, and that is closed so that the last answer arrives.
 struct Timed {
     stream: TcpStream,
     stall: Duration,
-    /// Runs while a write waits.
+    /// Runs while a write waits, or while the client has not closed its side.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -134,7 +137,21 @@ impl AsyncWrite for Timed {
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
+    /// Closing with something unread, such as the body of a refused request, would reset the connection, and the answer
+    /// would be lost on its way: what still comes is read for a while.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        std::task::ready!(Pin::new(&mut self.stream).poll_shutdown(context))?;
+        let this = &mut *self;
+        let timer = this.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        let mut scratch = [0; 8 << 10];
+        while timer.as_mut().poll(context).is_pending() {
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut this.stream).poll_read(context, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }

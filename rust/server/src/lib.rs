@@ -17,6 +17,7 @@ mod chat;
 mod completions;
 mod config;
 mod connection;
+mod cors;
 mod errors;
 mod fields;
 mod generation;
@@ -38,6 +39,7 @@ mod server;
 mod sse;
 mod text_pool;
 mod tokenize;
+mod watch;
 
 pub use auth::Level;
 pub use config::{AdapterFlag, Limits, SamplingDefaults, Secret, ServerConfig};

@@ -237,6 +237,9 @@ impl Metrics {
     }
 }
 
+/// A family of the adapters' series: its name, help and value.
+type Family = (&'static str, &'static str, fn(&Traffic) -> u64);
+
 impl Labelled {
     fn write_adapters(&self, out: &mut String) {
         let mut ranked: Vec<(&Arc<str>, &Traffic)> = self.adapters.iter().collect();
@@ -244,7 +247,7 @@ impl Labelled {
         let mut other = self.other_adapters;
         ranked.iter().skip(TOP_ADAPTERS).for_each(|(_, traffic)| other.add(**traffic));
         ranked.truncate(TOP_ADAPTERS);
-        let families: [(&str, &str, fn(&Traffic) -> u64); 3] = [
+        let families: [Family; 3] = [
             ("slora:adapter_requests_total", "Finished requests of the busiest adapters.", |t| t.requests),
             ("slora:adapter_prompt_tokens_total", "Their prompt tokens.", |t| t.prompt_tokens),
             ("slora:adapter_generation_tokens_total", "Their generated tokens.", |t| t.completion_tokens),

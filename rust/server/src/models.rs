@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use slora_runtime::AdapterDetails;
 
-use crate::app::{App, is_adapter_name};
+use crate::app::App;
 use crate::auth::Caller;
 use crate::errors::ApiError;
 use crate::fields::shown;
@@ -27,9 +27,6 @@ pub(crate) async fn get(call: Call) -> Answer {
         return Ok(json_response(&base(&app, &id)));
     }
     let name = app.resolve(&caller, id)?.adapter.ok_or_else(|| unknown.clone())?;
-    if !is_adapter_name(&name) {
-        return Err(unknown);
-    }
     let details = app.call(move |app| Ok(app.runtime.adapter(&name)?)).await?.ok_or(unknown)?;
     Ok(json_response(&adapter(&app, &details)))
 }

@@ -19,7 +19,7 @@ use crate::app::App;
 use crate::auth::{Caller, Level};
 use crate::errors::ApiError;
 use crate::record::Record;
-use crate::{adapters, chat, completions, health, models, tokenize};
+use crate::{adapters, chat, completions, cors, health, models, tokenize};
 
 /// Longest request id of a client's that is taken over.
 const MAX_ID_LEN: usize = 128;
@@ -161,16 +161,19 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
 
 async fn answer(app: Arc<App>, route: &'static Route, param: String, request: Request) -> Response<Body> {
     let record = record(&app, route.verb.name(), route.path, request.headers());
+    let origin = cors::allowed_origin(&app.config.allowed_origins, request.headers());
     let result = match call(&app, &record, route, param, request).await {
         Ok(call) => (route.handler)(call).await,
         Err(error) => Err(error),
     };
-    finish(&app, &record, result)
+    finish(&app, &record, origin, result)
 }
 
 async fn refuse(app: Arc<App>, request: Request, error: ApiError) -> Response<Body> {
     let record = record(&app, "other", "none", request.headers());
-    finish(&app, &record, Err(error))
+    let origin = cors::allowed_origin(&app.config.allowed_origins, request.headers());
+    let is_preflight = origin.is_some() && cors::is_preflight(request.method(), request.headers());
+    finish(&app, &record, origin, if is_preflight { Ok(cors::preflight()) } else { Err(error) })
 }
 
 fn record(app: &App, method: &'static str, path: &'static str, headers: &HeaderMap) -> Arc<Record> {
@@ -239,9 +242,11 @@ fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError
 }
 
 fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
-    let kind = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-    if kind.eq_ignore_ascii_case("application/json") || kind.is_empty() {
+    let value = headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or_default());
+    let kind = value.and_then(|value| value.split(';').next()).map(str::trim);
+    // Browsers send a body without a type for any page that asks them to, and ask nobody before.
+    let may_be_absent = !headers.contains_key(header::ORIGIN);
+    if kind.map_or(may_be_absent, |kind| kind.eq_ignore_ascii_case("application/json")) {
         return Ok(());
     }
     let message = "the body must be JSON; hint: send `Content-Type: application/json`";
@@ -273,7 +278,7 @@ async fn read_body(app: &App, body: Body) -> Result<Bytes, ApiError> {
 }
 
 /// Writes down how it went. A stream says itself when it is done.
-fn finish(app: &App, record: &Record, result: Answer) -> Response<Body> {
+fn finish(app: &App, record: &Record, origin: Option<HeaderValue>, result: Answer) -> Response<Body> {
     let mut facts = record.facts();
     let mut response = result.unwrap_or_else(|error| {
         facts.error = Some(error.code);
@@ -288,6 +293,9 @@ fn finish(app: &App, record: &Record, result: Answer) -> Response<Body> {
     drop(facts);
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert("x-request-id", id);
+    }
+    if let Some(origin) = origin {
+        cors::allow(&mut response, origin);
     }
     response
 }

@@ -12,13 +12,14 @@ use slora_runtime::{Runtime, State};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::app::{App, is_adapter_name};
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
 use crate::router::{Peer, router};
+use crate::watch::Watch;
 use crate::{connection, keys_file};
 
 /// Connections that the system may hold until they are taken.
@@ -31,6 +32,11 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 /// Pause after a connection could not be taken, which mostly means that no descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that are told at once that they are too many.
+const MAX_TURNED_AWAY: usize = 256;
+/// How long telling one may take.
+const TURN_AWAY_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -82,6 +88,10 @@ impl Server {
         let app = Arc::new(App::new(config, runtime, roots, log));
         let config = &app.config;
         register(&app)?;
+        let mut watch = config.adapter_dir.clone().map(Watch::new);
+        if let Some(watch) = &mut watch {
+            watch.begin(&app);
+        }
         if let Some(path) = &config.api_keys_file {
             app.auth.set_file_keys(keys_file::read(path).map_err(ServeError::Config)?);
         }
@@ -105,6 +115,12 @@ impl Server {
         }
         threads.spawn(watch_keys(app.clone()));
         threads.spawn(watch_steps(app.clone()));
+        if let Some(watch) = watch {
+            threads.spawn(watch.run(app.clone()));
+        }
+        if !app.auth.has_keys() && !address.ip().is_loopback() {
+            app.log.line("no_keys", json!({"hint": "without --api-key, only requests from this machine are answered"}));
+        }
         app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
         Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
     }
@@ -166,10 +182,27 @@ fn check(config: &ServerConfig) -> Result<(), ServeError> {
         ("stall_timeout_s", limits.stall_timeout_s),
         ("accept_timeout_s", limits.accept_timeout_s),
         ("keep_alive_s", limits.keep_alive_s),
+        ("adapter_poll_s", config.adapter_poll_s),
     ];
     for (name, value) in times {
         if !(value > 0.0 && value <= 86_400.0) {
             return Err(ServeError::Config(format!("{name} is {value}, it must be above 0 and at most 86400")));
+        }
+    }
+    let counts = [
+        ("max_connections", limits.max_connections, 1 << 20),
+        ("max_queued_requests", limits.max_queued_requests, 1 << 24),
+        ("max_body_bytes", limits.max_body_bytes, 1 << 30),
+        ("max_header_bytes", limits.max_header_bytes, 1 << 24),
+        ("max_json_depth", limits.max_json_depth, 128),
+        ("max_n", limits.max_n, 1 << 16),
+        ("max_messages", limits.max_messages, 1 << 20),
+        ("max_message_bytes", limits.max_message_bytes, 1 << 30),
+        ("text_threads", limits.text_threads, 64),
+    ];
+    for (name, value, limit) in counts {
+        if value == 0 || value > limit {
+            return Err(ServeError::Config(format!("{name} is {value}, it must be 1 to {limit}")));
         }
     }
     if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
@@ -185,7 +218,7 @@ fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
         let resolved = resolved.and_then(|path| if path.is_dir() { Ok(path) } else { Err("is not a folder".into()) });
         resolved.map_err(|error| ServeError::Config(format!("adapter root {}: {error}", path.display())))
     };
-    config.adapter_roots.iter().map(resolve).collect()
+    config.adapter_roots.iter().chain(&config.adapter_dir).map(resolve).collect()
 }
 
 /// The adapters of the command line are there before the first request is.
@@ -241,6 +274,7 @@ struct Door {
 impl Door {
     async fn open(mut self, listener: TcpListener) {
         let places = Arc::new(Semaphore::new(self.app.config.limits.max_connections));
+        let turned_away = Arc::new(Semaphore::new(MAX_TURNED_AWAY));
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -251,7 +285,10 @@ impl Door {
                 continue;
             };
             let Ok(place) = places.clone().try_acquire_owned() else {
-                tokio::spawn(turn_away(stream));
+                // Without a place even for that, it is closed.
+                if let Ok(place) = turned_away.clone().try_acquire_owned() {
+                    tokio::spawn(turn_away(stream, place));
+                }
                 continue;
             };
             // Without it, small events wait for the client's acknowledgements; a socket that refuses it still works.
@@ -267,16 +304,22 @@ impl Door {
 }
 
 /// The answer to one connection too many.
-async fn turn_away(mut stream: TcpStream) {
+async fn turn_away(mut stream: TcpStream, place: OwnedSemaphorePermit) {
     let body = ApiError::overloaded("the server has too many open connections", 1).json();
     let answer = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let write = stream.write_all(answer.as_bytes());
+    let write = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await?;
+        // Closing with something unread would reset the connection, and the answer would be lost on its way.
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+    };
     // The client may be gone already.
-    let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
+    let _ = tokio::time::timeout(TURN_AWAY_TIMEOUT, write).await;
+    drop(place);
 }
 
 /// Reads the keys file again when it changes. A file with a mistake changes nothing.

@@ -46,6 +46,7 @@ fn base() -> BaseSpec {
         tp_size: 1,
         name: None,
         max_adapter_pages: 64,
+        max_rank: u32::MAX,
     }
 }
 
@@ -228,14 +229,9 @@ impl Response {
     pub fn events(&self) -> Vec<Value> {
         assert_eq!((self.status, self.header("content-type")), (200, Some("text/event-stream; charset=utf-8")));
         let rest = self.body.strip_suffix("data: [DONE]\n\n").unwrap_or_else(|| panic!("no [DONE]: {}", self.body));
-        events(rest)
+        let data = rest.split_terminator("\n\n").filter(|event| !event.starts_with(':'));
+        data.map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap()).collect()
     }
-}
-
-/// The JSON of every event.
-pub fn events(text: &str) -> Vec<Value> {
-    let data = text.split_terminator("\n\n").filter(|event| !event.starts_with(':'));
-    data.map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap()).collect()
 }
 
 /// Status and headers of an answer whose body comes later.

@@ -1,0 +1,57 @@
+"""`slora serve`: an engine and its HTTP server until a signal comes."""
+
+import json
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from slora import _core
+from slora.engine import Engine
+from slora.options import Options
+
+POLL_S = 0.05
+
+
+def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s: float) -> int:
+    """Serve until SIGTERM or ctrl-C: 0. A failed engine: 1.
+
+    `config` holds the fields of the server's configuration (docs/http.md). After the first signal new work is refused
+    and running requests may finish within the timeout; a second one ends the process at once.
+    """
+    engine = Engine(model, options)
+    try:
+        server = _core.Server(engine.core, json.dumps({"model": str(model), **config}))
+    except BaseException:
+        engine.close()
+        raise
+    signals = _Signals()
+    print(f"serving {model} on http://{server.address}", flush=True)
+    while not signals.count and engine.core.failure is None:
+        server.wait(POLL_S)
+    failure = engine.core.failure
+    if failure is None:
+        print(f"draining for at most {drain_timeout_s} s; a second signal ends at once", flush=True)
+        server.begin_drain()
+        server.wait(drain_timeout_s)
+    server.stop()
+    engine.close()
+    if failure is not None:
+        print(f"slora: the engine has failed: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Signals:
+    """Counts SIGTERM and SIGINT; the second one ends the process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -1,0 +1,112 @@
+"""`slora serve` as its users start it: a process, spoken to over HTTP."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import ADAPTERS, BASE
+
+ADMIN = "the-admin-key"
+
+
+class Served:
+    """A running server process."""
+
+    def __init__(self) -> None:
+        arguments = ["serve", str(BASE), "--adapter-dir", str(ADAPTERS), "--port", "0", "--admin-key", ADMIN]
+        command = [sys.executable, "-m", "slora", *arguments, "--device", "cpu"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = next(line for line in self.process.stdout if line.startswith("serving "))
+        self.url = line.split()[-1]
+
+    def open(self, path: str, body: Any = None, key: str | None = ADMIN) -> Any:
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30)
+
+    def call(self, path: str, body: Any = None, key: str | None = ADMIN) -> tuple[int, str]:
+        try:
+            with self.open(path, body, key) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    served = Served()
+    yield served
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(20) == 0
+
+
+def complete(served: Served, model: str, prompt: str) -> str:
+    body = {"model": model, "prompt": prompt, "max_tokens": 32, "temperature": 0}
+    status, text = served.call("/v1/completions", body)
+    assert status == 200, text
+    answer: str = json.loads(text)["choices"][0]["text"]
+    return answer
+
+
+def test_adapters_answer_by_name(served: Served) -> None:
+    assert complete(served, "reverse", "banana") == "ananab"
+    assert complete(served, "base:upper", "letter kernel") == "LETTER KERNEL"
+    assert complete(served, "base", "banana") != "ananab"
+    models = [model["id"] for model in json.loads(served.call("/v1/models")[1])["data"]]
+    assert models[0] == "base"
+    assert {"reverse", "upper"} < set(models)
+
+
+def test_a_stream_brings_the_text_in_events(served: Served) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "upper", "messages": messages, "max_tokens": 32, "temperature": 0, "stream": True}
+    with served.open("/v1/chat/completions", body | {"stream_options": {"include_usage": True}}) as answer:
+        events = [line.decode().removeprefix("data: ").strip() for line in answer if line.startswith(b"data: ")]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    texts = [choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(texts) == "HELLO"
+    assert chunks[-1]["usage"]["completion_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"model": "nobody", "prompt": "a"}, 404, "model_not_found"),
+        ({"model": "base", "prompt": [1] * 1020, "max_tokens": 50}, 400, "context_length_exceeded"),
+        ({"model": "base", "prompt": "a", "temperature": -1}, 400, None),
+        ({"model": "base", "prompt": "a", "n": 100000}, 400, None),
+    ],
+)
+def test_a_users_mistake_is_a_4xx(served: Served, body: dict[str, Any], status: int, code: str | None) -> None:
+    got, text = served.call("/v1/completions", body)
+    assert got == status, text
+    error = json.loads(text)["error"]
+    assert error["message"]
+    assert code in (None, error["code"])
+
+
+def test_adapters_come_and_go(served: Served) -> None:
+    body = {"lora_name": "again", "lora_path": str(ADAPTERS.resolve() / "twice")}
+    assert served.call("/v1/load_lora_adapter", body) == (200, "Success: LoRA adapter 'again' added successfully.")
+    assert complete(served, "again", "hello") == "hello hello"
+    assert served.call("/v1/load_lora_adapter", body)[0] == 400
+    assert served.call("/v1/load_lora_adapter", body | {"lora_path": "/etc"})[0] == 400
+    assert served.call("/v1/load_lora_adapter", body, key=None)[0] == 401
+    assert served.call("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+    assert served.call("/v1/completions", {"model": "again", "prompt": "hello"})[0] == 404
+
+
+def test_metrics_and_health_tell(served: Served) -> None:
+    assert served.call("/health", key=None)[0] == 200
+    status, text = served.call("/metrics")
+    assert status == 200
+    assert "vllm:num_requests_running" in text
+    assert "slora:" in text
