@@ -1,9 +1,11 @@
 //! The server under load, with an executor that computes nothing, on the same cores as the load.
 //!
-//! `cargo bench -p slora-server --bench serving -- requests|streams|overload [seconds] [steps a second]` prints one JSON object.
+//! `cargo bench -p slora-server --bench serving -- requests|streams|overload|disconnects|stalled [seconds]
+//! [steps a second]` prints one JSON object.
 
 mod fake;
 
+use std::io::Write;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use std::time::{Duration, Instant};
 use fake::{Fake, LETTERS, example};
 use serde_json::{Value, json};
 use slora_server::load::{Arrivals, Latency, LoadConfig, Observer, Report, run};
-use slora_server::{Server, ServerConfig};
+use slora_server::{AdapterFlag, Server, ServerConfig};
 
 fn serve(fake: &Fake, change: impl FnOnce(&mut ServerConfig)) -> Server {
     let mut config = ServerConfig {
@@ -112,6 +114,92 @@ fn overload(seconds: f64) -> Value {
     })
 }
 
+/// Half of all clients leave somewhere: queued, loading, running, streaming or not. Nothing may stay behind.
+fn disconnects(seconds: f64) -> Value {
+    let fake = Fake::start(Duration::from_millis(2), 64);
+    let adapter = |name: &str| AdapterFlag { name: name.into(), path: example("adapters").join(name), pinned: false };
+    let server = serve(&fake, |config| config.adapters = ["reverse", "upper", "count"].map(adapter).into());
+    let descriptors = || std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let leaving = |stream: bool, duration_s: f64| LoadConfig {
+        models: ["base", "reverse", "upper", "count"].map(String::from).into(),
+        arrivals: Arrivals::Poisson { rate: 1000.0 },
+        max_tokens: 60,
+        cancelled: 0.5,
+        stream,
+        duration_s,
+        ..LoadConfig::default()
+    };
+    load(&server, leaving(true, 1.0), None);
+    wait_idle(&fake);
+    let (before, resident_kb_before) = (descriptors(), resident_kb());
+    let streamed = load(&server, leaving(true, seconds / 2.0), None);
+    let whole = load(&server, leaving(false, seconds / 2.0), None);
+    let idle_within_s = wait_idle(&fake);
+    let stats = fake.runtime.snapshot().engine;
+    json!({
+        "streamed": streamed, "whole": whole, "idle_within_s": idle_within_s,
+        "descriptors_before": before, "descriptors_after": descriptors(),
+        "resident_kb_before": resident_kb_before, "resident_kb_after": resident_kb(),
+        "kv_pages": stats.kv_pages, "running": stats.running, "waiting": stats.waiting,
+        "submitted": stats.submitted, "ended": stats.ended,
+    })
+}
+
+/// Seconds until the engine holds nothing for requests.
+fn wait_idle(fake: &Fake) -> f64 {
+    let begun = Instant::now();
+    loop {
+        let stats = fake.runtime.snapshot().engine;
+        let is_idle = stats.running + stats.waiting + stats.kv_pages == 0 && stats.submitted == stats.ended;
+        if is_idle || begun.elapsed() > Duration::from_secs(30) {
+            return begun.elapsed().as_secs_f64();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// 1,000 readers take nothing of their streams while 64 others read theirs.
+fn stalled(seconds: f64) -> Value {
+    let fake = Fake::start(Duration::from_millis(20), 1100);
+    // Every event names the model: a long name fills a socket's buffers at once.
+    let name = "x".repeat(4096);
+    let server = serve(&fake, |config| {
+        config.served_model_names.push(name.clone());
+        config.limits.stall_timeout_s = 60.0;
+    });
+    let reading = || LoadConfig {
+        arrivals: Arrivals::Closed { connections: 64 },
+        duration_s: seconds / 2.0,
+        max_tokens: 100,
+        stream: true,
+        ..LoadConfig::default()
+    };
+    let alone = load(&server, reading(), None);
+    let before = resident_kb();
+    let body =
+        json!({"model": name, "prompt": [80], "max_tokens": 1000, "stream": true, "ignore_eos": true}).to_string();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let stalls = (0..1000).filter_map(|_| {
+        let mut stream = std::net::TcpStream::connect(server.address()).ok()?;
+        stream.write_all(request.as_bytes()).ok()?;
+        Some(stream)
+    });
+    let stalls: Vec<_> = stalls.collect();
+    std::thread::sleep(Duration::from_secs(4));
+    let beside = load(&server, reading(), None);
+    let resident_kb_after = resident_kb();
+    drop(stalls);
+    let idle_within_s = wait_idle(&fake);
+    json!({
+        "alone": alone, "beside_stalled": beside, "idle_within_s": idle_within_s,
+        "resident_kb_before": before, "resident_kb_after": resident_kb_after,
+        "p99_growth": beside.between_tokens.p99_ms / alone.between_tokens.p99_ms - 1.0,
+    })
+}
+
 fn output_of(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
@@ -124,6 +212,8 @@ fn main() {
     let scenario = arguments.first().map_or("requests", String::as_str);
     let figures = match scenario {
         "streams" => streams(number(1, 20.0), number(2, 150.0)),
+        "disconnects" => disconnects(number(1, 24.0)),
+        "stalled" => stalled(number(1, 16.0)),
         "overload" => overload(number(1, 60.0)),
         _ => requests(number(1, 20.0)),
     };

@@ -81,7 +81,7 @@ impl Report {
         let (mut completed, mut tokens, mut good, mut broken, mut left) = (0, 0, 0, 0, 0);
         for outcome in outcomes {
             *statuses.entry(outcome.status).or_default() += 1;
-            broken += u64::from(outcome.is_broken || outcome.status == 0);
+            broken += u64::from(!outcome.has_left && (outcome.is_broken || outcome.status == 0));
             left += u64::from(outcome.has_left);
             if outcome.is_whole() {
                 completed += 1;
