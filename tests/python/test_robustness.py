@@ -292,7 +292,8 @@ def test_use_after_a_fork_raises_and_the_parent_goes_on(llm: slora.LLM) -> None:
 
 
 CTRL_C = """
-import slora, sys, time
+import signal, slora, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 with slora.LLM(sys.argv[1], device="cpu") as llm:
     print("ready", flush=True)
     try:
