@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   slora generate path/to/base "Once upon a time" --max-tokens 64
   slora generate path/to/base "hello" --adapters path/to/adapters --adapter formal
   slora adapters check path/to/adapter --base path/to/base
-  slora serve path/to/base --adapter-dir path/to/adapters OpenAI-compatible server
+  slora serve path/to/base --adapter-dir path/to/adapters
   slora doctor                                            what is installed, and what would run
 """
 Parsers = Any
