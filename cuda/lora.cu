@@ -6,59 +6,128 @@
 //   sums   [rows, sums_stride] fp32: the intermediate, in partial sums
 //
 // lora_work: a block for each layer group makes the lists of a step, a thread for each segment.
-// lora_shrink, lora_expand: a constant grid of warps; each takes every n-th item of a list. Weights and lists do not depend on the
-// kernel before: a warp has its first item's weights on the way before it waits for that kernel.
+// lora_cluster: a constant grid of clusters, each takes every n-th unit: segments of few rows, from sm_90 on.
+// lora_shrink, lora_expand: a constant grid of warps; each takes every n-th item of a list.
+// Weights and lists do not depend on the kernel before: they are on their way before a warp waits for that kernel.
+#include "lora_cluster.cuh"
 #include "lora_expand.cuh"
 #include "lora_fp32.cuh"
 #include "lora_shrink.cuh"
 #include "lora_work.cuh"
 #include "sync.cuh"
 
-#define WARPS 8
-#define BLOCKS_PER_SM 2
-
 struct Groups {
   Group of[4];
 };
 
-// Rows of A (which: 2) or B (7); true if they lie in more than two pages.
-__device__ __forceinline__ bool find_rows(const Pool& pool, int adapter, int module, const int* words, int which, Rows& rows, int& rows_first) {
-  rows_first = words[which + 3];
-  rows.first = far_row(pool, adapter, module, which, 0);
-  if (rows_first >= words[0]) return false;
-  rows.next = far_row(pool, adapter, module, which, rows_first);
-  return words[0] - rows_first > words[which + 4];
-}
-
-__device__ __forceinline__ Segment describe(const Pool& pool, const Group& group, int layer, int adapter, int first_row, int num_rows) {
+// Where the rows of a segment's A lie (those of its modules follow each other), and of each module's B.
+__device__ __forceinline__ Segment describe(
+    const Pool& pool, const Group& group, int layer, int adapter, int first_row, int num_rows, int most_few) {
   Segment s = {first_row, num_rows, adapter};
+  s.is_many = DTYPE != 0 && num_rows > most_few;
+  int num_splits = 0, stride = row_bytes(group.in);
+  const char* follows = nullptr; // where the next module's A is if there is no split
   for (int m = 0; m < group.num_modules && adapter >= 0; m++) {
     int module = layer * NUM_MODULES + group.first_module + m;
     const int* words = pool.modules + ((long long)adapter * pool.num_layers * NUM_MODULES + module) * MODULE_WORDS;
+    int rank = words[0], a_first = words[5], b_first = words[10];
     SegmentModule& to = s.modules[m];
-    to.rank = words[0];
-    if (!to.rank) continue;
+    to.rank = rank, to.first_rank = s.ranks;
+    if (!rank) continue;
     to.scale = __int_as_float(words[1]);
-    s.is_far |= find_rows(pool, adapter, module, words, 2, to.a, to.a_rows_first);
-    s.is_far |= find_rows(pool, adapter, module, words, 7, to.b, to.b_rows_first);
-    s.ranks += to.rank;
+    to.b_split = b_first;
+    to.b.first = far_row(pool, adapter, module, 7, 0);
+    if (b_first < rank) to.b.next = far_row(pool, adapter, module, 7, b_first);
+    s.is_far |= rank - b_first > words[11];
+    const char* a = far_row(pool, adapter, module, 2, 0);
+    if (!follows) s.a.first = a;
+    if (follows && a != follows) s.a_split = s.ranks, s.a.next = a, num_splits++;
+    follows = a + (long long)rank * stride;
+    if (a_first < rank) {
+      s.a_split = s.ranks + a_first;
+      s.a.next = far_row(pool, adapter, module, 2, a_first);
+      follows = s.a.next + (long long)(rank - a_first) * stride;
+      num_splits++;
+      s.is_far |= rank - a_first > words[6];
+    }
+    s.ranks += rank;
   }
+  if (!num_splits) s.a_split = s.ranks;
+  s.is_far |= num_splits > 1;
   s.tiles = ceil_div(s.ranks, 16);
-  s.chunk = chunk_columns(group.in, s.tiles);
   return s;
 }
 
 __device__ __forceinline__ void count_items(const Group& group, const Segment& s, int counts[NUM_LISTS]) {
-  int parts = ceil_div(group.in, s.chunk), columns = 0;
-  bool many = is_many(s.num_rows);
-  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], expand_steps(s.modules[m].rank) * 64);
-  counts[FEW] = many ? 0 : ceil_div(s.num_rows, 8) * s.tiles * parts;
-  counts[MANY] = many ? ceil_div(s.num_rows, 16) * ceil_div(s.tiles, 2) * ceil_div(parts, SUM_CHUNKS) : 0;
-  counts[OUT] = ceil_div(s.num_rows, many ? EXPAND_ROWS : 8) * columns;
+  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0;
+  if (HAS_CLUSTER && !s.is_many) return; // units instead
+  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank));
+  if (s.is_many) counts[MANY] = ceil_div(s.num_rows, 16) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, SUM_CHUNKS);
+  else counts[FEW] = ceil_div(s.num_rows, 8) * s.tiles * parts;
+  counts[OUT] = ceil_div(s.num_rows, s.is_many ? EXPAND_ROWS : 8) * columns;
 }
 
+#if HAS_CLUSTER
+// Of a whole block: the units of all segments of few rows, those of most bytes first, and how large teams should be.
+__device__ __forceinline__ void list_units(const Group& group, const Work& work, int list, int n, int num_clusters) {
+  __shared__ int places[THREADS], warp_totals[WARPS], all, largest;
+  UnitList* units = work.units(list);
+  const Segment* segments = work.segments + (long long)list * work.max_segments;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float per_cost = THREADS / 64.0f / (group.num_modules * group.in + group.out_stride);
+  auto each_unit = [&](auto visit) { // of this thread's segments: module or ALL_MODULES, elements of its weights
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+      const Segment& s = segments[i];
+      if (s.is_many) continue;
+      int cost = 0;
+      for (int m = 0; m < group.num_modules; m++) {
+        int mine = s.modules[m].rank * (group.in + group.out[m]);
+        if (s.ranks > UNIT_RANKS) visit(i, m, mine, ceil_div(s.num_rows, 8));
+        cost += mine;
+      }
+      if (s.ranks <= UNIT_RANKS) visit(i, ALL_MODULES, cost, ceil_div(s.num_rows, 8));
+    }
+  };
+  // Ranks from 64 on are alike.
+  auto place = [&](int cost) { return max(0, THREADS - 1 - (int)((float)cost * per_cost)); };
+  places[threadIdx.x] = 0;
+  if (threadIdx.x == 0) all = 0, largest = 0;
+  __syncthreads();
+  each_unit([&](int i, int m, int cost, int rows) {
+    atomicAdd(&places[place(cost)], rows);
+    atomicAdd(&all, ceil_div(cost, 1024) * rows);
+    atomicMax(&largest, ceil_div(cost, 1024));
+  });
+  __syncthreads();
+  int mine = places[threadIdx.x], end = mine;
+  for (int d = 1; d < 32; d *= 2) {
+    int other = __shfl_up_sync(~0u, end, d);
+    if (lane >= d) end += other;
+  }
+  if (lane == 31) warp_totals[warp] = end;
+  __syncthreads();
+  for (int w = 0; w < warp; w++) end += warp_totals[w];
+  places[threadIdx.x] = end - mine;
+  if (threadIdx.x == THREADS - 1) {
+    units->count = end;
+    float best = 0;
+    for (int size = CLUSTER; size; size /= 2) {
+      int turns = ceil_div(end, num_clusters * CLUSTER / size);
+      float time = turns * UNIT_OVERHEAD + max((float)largest, turns * (float)all / max(end, 1)) / size;
+      if (size == CLUSTER || time < best) best = time, units->team_size = size;
+    }
+  }
+  __syncthreads();
+  each_unit([&](int i, int m, int cost, int rows) {
+    int at = atomicAdd(&places[place(cost)], rows);
+    for (int r = 0; r < rows; r++) units->ids[at + r] = i + MAX_SEGMENTS * (m + 4 * r);
+  });
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(256) lora_work(
-    Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter) {
+    Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter, int most_few,
+    int num_clusters) {
   __shared__ int warp_ends[NUM_LISTS][8];
   int list = blockIdx.x, layer = list / 4, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Group& group = groups.of[list % 4];
@@ -66,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
   for (int first = 0; first < n; first += 256) {
     int i = first + threadIdx.x, ends[NUM_LISTS] = {};
     if (i < n) {
-      Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i]);
+      Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i], most_few);
       count_items(group, s, ends);
       work.segments[(long long)list * work.max_segments + i] = s;
     }
@@ -90,41 +159,52 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
     __syncthreads();
   }
   if (threadIdx.x == 0) work.totals[list] = make_int4(n, before[FEW], before[MANY], before[OUT]);
+#if HAS_CLUSTER
+  list_units(group, work, list, n, num_clusters);
+#endif
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_shrink(Pool pool, Group group, Work work, int list, const Element* x) {
-  int warp = threadIdx.x / 32, layer = list / 4, num_warps = gridDim.x * WARPS;
+  int warp = threadIdx.x / 32, layer = list / 4;
   int4 totals = __ldg(work.totals + list);
   const int* ends = work.ends + (long long)list * NUM_LISTS * work.max_segments;
   const Segment* segments = work.segments + (long long)list * work.max_segments;
-  bool has_waited = false;
   let_next_kernel_start();
-  // Items share nothing: neighbours go to different multiprocessors, so that all have equally much to read.
-  for (int item = warp * gridDim.x + blockIdx.x; item < totals.y; item += num_warps) {
+  // Items of few rows share nothing: neighbours go to different multiprocessors, so that all have equally much to read.
+  bool has_waited = false;
+  for (int item = warp * gridDim.x + blockIdx.x; item < totals.y; item += gridDim.x * WARPS) {
     int i = item, segment = find_segment(ends + FEW * work.max_segments, totals.x, i);
     shrink_few(pool, group, work, load_segment(segments + segment), layer, i, x, has_waited);
   }
   wait_once(has_waited);
-  // Neighbouring items share their weights: warps of one block take them together.
-  for (int item = blockIdx.x * WARPS + warp; item < totals.z; item += num_warps) {
+  // Neighbouring items of many rows share their weights: warps of one block take them together.
+  for (int item = blockIdx.x * WARPS + warp; item < totals.z; item += gridDim.x * WARPS) {
     int i = item, segment = find_segment(ends + MANY * work.max_segments, totals.x, i);
     shrink_many(pool, group, work, load_segment(segments + segment), layer, i, x);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_expand(Pool pool, Group group, Work work, int list, Element* delta) {
   __shared__ float shrunk[WARPS][8 * SHRUNK_STRIDE];
-  int warp = threadIdx.x / 32, layer = list / 4, num_warps = gridDim.x * WARPS;
+  int warp = threadIdx.x / 32, layer = list / 4;
   int4 totals = __ldg(work.totals + list);
   const int* ends = work.ends + ((long long)list * NUM_LISTS + OUT) * work.max_segments;
   const Segment* segments = work.segments + (long long)list * work.max_segments;
-  bool has_waited = false;
   let_next_kernel_start();
-  for (int item = warp * gridDim.x + blockIdx.x; item < totals.w; item += num_warps) {
+  bool has_waited = false;
+  for (int item = warp * gridDim.x + blockIdx.x; item < totals.w; item += gridDim.x * WARPS) {
     int i = item, segment = find_segment(ends, totals.x, i);
     expand(pool, group, work, load_segment(segments + segment), layer, i, delta, shrunk[warp], has_waited);
   }
   wait_once(has_waited);
 }
+
+#if HAS_CLUSTER
+extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1)
+    lora_cluster(Pool pool, Group group, Work work, int list, const Element* x, Element* delta) {
+  let_next_kernel_start();
+  run_units(*(ClusterMemory*)shared_memory, pool, group, work, list, x, delta);
+}
+#endif

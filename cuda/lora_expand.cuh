@@ -14,17 +14,25 @@
 #define RANK_BLOCK 64
 #define SHRUNK_STRIDE (RANK_BLOCK + 4) // keeps lanes' reads in different banks
 
-// shrunk[8 rows, RANK_BLOCK]: the intermediate of ranks first .. first + n of the group, zeros up to the next 8.
+// shrunk[8 rows, RANK_BLOCK]: scale times the sums of n ranks, zeros up to the next 8. `sums` is the first row's first rank,
+// `parts` partial sums lie `stride` apart, and rows `row_stride`.
 __device__ __forceinline__ void add_sums(
-    const Group& group, const Work& work, const Segment& s, int row, int first, int n, float scale, float* shrunk) {
-  int lane = threadIdx.x % 32, parts = ceil_div(group.in, s.chunk), stride = s.tiles * 16;
-  int shift = 3 + (n > 8) + (n > 16) + (n > 32), num = min(8, s.num_rows - row) << shift;
-  bool has_few = !is_many(s.num_rows);
-  for (int e = lane; e < num; e += 32) {
+    const float* sums, int row_stride, int rows, int stride, int parts, bool has_few, int n, float scale, float* shrunk) {
+  int lane = threadIdx.x % 32, shift = 3 + (n > 8) + (n > 16) + (n > 32);
+  for (int e = lane; e < rows << shift; e += 32) {
     int r = e >> shift, k = e & (1 << shift) - 1;
-    const float* from = work.sums + (long long)(s.first_row + row + r) * work.sums_stride + first + min(k, n - 1);
+    const float* from = sums + (long long)r * row_stride + min(k, n - 1);
     float total = 0;
-    if (has_few) {
+    if (HAS_CLUSTER) {
+      float tree[LEAVES / SUM_CHUNKS];
+#pragma unroll
+      for (int p = 0; p < LEAVES / SUM_CHUNKS; p++) tree[p] = p * SUM_CHUNKS < parts ? __ldcg(from + p * stride) : 0.0f;
+#pragma unroll
+      for (int d = 1; d < LEAVES / SUM_CHUNKS; d *= 2)
+#pragma unroll
+        for (int p = 0; p < LEAVES / SUM_CHUNKS; p += 2 * d) tree[p] += tree[p + d];
+      total = tree[0];
+    } else if (has_few) {
 #pragma unroll 4
       for (int p = 0; p < parts; p += SUM_CHUNKS) {
         float sum = __ldcg(from + p * stride);
@@ -41,19 +49,26 @@ __device__ __forceinline__ void add_sums(
   __syncwarp();
 }
 
+__device__ __forceinline__ void add_sums(
+    const Group& group, const Work& work, const Segment& s, int row, int first, int n, float scale, float* shrunk) {
+  const float* sums = work.sums + (long long)(s.first_row + row) * work.sums_stride + first;
+  add_sums(sums, work.sums_stride, min(8, s.num_rows - row), s.tiles * 16, ceil_div(group.in, chunk_columns(group.in, s.tiles)),
+           !s.is_many, n, scale, shrunk);
+}
+
 // Which module, rows and columns an item of a segment's OUT list is.
 struct OutItem {
   SegmentModule module;
   int index;                // of the module in its group
   int first_rank;           // of the module in its group
   int out, delta_column;    // of the module
-  int column, num_steps;    // num_steps times 64 columns
+  int column, columns;
   int row, num_rows;
 };
 
 __device__ __forceinline__ OutItem out_item(const Group& group, const Segment& s, int i) {
   OutItem item = {s.modules[0]};
-  int tile = is_many(s.num_rows) ? EXPAND_ROWS : 8, row_tiles = ceil_div(s.num_rows, tile);
+  int tile = s.is_many ? EXPAND_ROWS : 8, row_tiles = ceil_div(s.num_rows, tile);
   item.row = i % row_tiles * tile;
   item.num_rows = min(tile, s.num_rows - item.row);
   i /= row_tiles;
@@ -62,15 +77,15 @@ __device__ __forceinline__ OutItem out_item(const Group& group, const Segment& s
     if (m >= group.num_modules) break;
     item.module = s.modules[m];
     item.index = m;
-    item.num_steps = expand_steps(item.module.rank);
+    item.columns = item_columns(item.module.rank);
     item.out = group.out[m];
-    int n = ceil_div(item.out, item.num_steps * 64);
+    int n = ceil_div(item.out, item.columns);
     if (i < n) break;
     i -= n;
     item.first_rank += item.module.rank;
     item.delta_column += item.out;
   }
-  item.column = i * item.num_steps * 64;
+  item.column = i * item.columns;
   return item;
 }
 
@@ -103,16 +118,16 @@ template <bool is_far>
 __device__ __forceinline__ void load_b(uint4 w[8][2], const Pool& pool, int adapter, const OutItem& item,
                                        int layer_module, int first, int rank_steps) {
   int lane = threadIdx.x % 32, t = lane % 4, k = 0, last = (item.out - 1) / 8 * 8, column = item.column + lane / 4 * 8;
-  int bytes = row_bytes(item.out), rank = item.module.rank, near = item.module.b_rows_first;
+  int bytes = row_bytes(item.out), rank = item.module.rank, split = item.module.b_split;
   // Rows of the next page, as if they followed the first page's at once.
-  const char* next = item.module.b.next - (long long)near * bytes;
+  const char* next = item.module.b.next - (long long)split * bytes;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     int offset = min(column, last) * 2;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       int r = min(first + k * 8 + j * 4 + t, rank - 1);
-      const char* row = is_far ? far_row(pool, adapter, layer_module, 7, r) : (r < near ? item.module.b.first : next) + r * bytes;
+      const char* row = is_far ? far_row(pool, adapter, layer_module, 7, r) : (r < split ? item.module.b.first : next) + r * bytes;
       w[i][j] = load_once(row + offset);
     }
     if (++k == rank_steps) k = 0, column += 64;
@@ -134,7 +149,7 @@ __device__ __forceinline__ void expand(const Pool& pool, const Group& group, con
     Element* to = delta + (row + t * 2) * group.out_stride;
     int rows = item.num_rows - row - t * 2, column = item.column + g * 8;
     if (!rank)
-      for (int j = 0; j < item.num_steps; j++) store_columns(to, group.out_stride, rows, column + j * 64, item.out, acc);
+      for (int j = 0; j < item.columns; j += 64) store_columns(to, group.out_stride, rows, column + j, item.out, acc);
     for (int block = 0; block < num_blocks; block++) {
       int first = block * RANK_BLOCK, n = min(RANK_BLOCK, rank - first), steps = ceil_div(n, 8), k = 0;
       if (block > 0 || (row > 0 && num_blocks > 1)) {
@@ -145,7 +160,7 @@ __device__ __forceinline__ void expand(const Pool& pool, const Group& group, con
       const float* v = shrunk + g * SHRUNK_STRIDE + t;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (i < steps * item.num_steps) {
+        if (i * 64 < steps * item.columns) {
           expand_step(acc, w[i][0], w[i][1], v[k * 8], v[k * 8 + 4]);
           if (++k == steps) {
             k = 0;

@@ -10,7 +10,7 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
                                            int layer, int i, const Element* x, bool& has_waited) {
   FewItem item = few_item(group, s, i);
   int lane = threadIdx.x % 32, rows = min(8, s.num_rows - item.row);
-  int begin = item.part * s.chunk, end = min(group.in, begin + s.chunk);
+  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * chunk, end = min(group.in, begin + chunk);
   const Element* x_rows = x + (long long)(s.first_row + item.row) * group.in;
   wait_once(has_waited);
   for (int r = 0; r < 16; r++) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void expand(const Pool& pool, const Group& group, con
   int layer_module = layer * NUM_MODULES + group.first_module + item.index;
   wait_once(has_waited);
   delta += (long long)(s.first_row + item.row) * group.out_stride + item.delta_column;
-  int end = min(item.out, item.column + item.num_steps * 64);
+  int end = min(item.out, item.column + item.columns);
   for (int first = 0; first == 0 || first < rank; first += RANK_BLOCK) {
     int n = min(RANK_BLOCK, rank - first);
     if (n) add_sums(group, work, s, item.row, item.first_rank + first, n, item.module.scale, shrunk);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "element.cuh"
+#include "memory.cuh"
 
 #ifndef ALIGNED
 #define ALIGNED 1
@@ -18,24 +19,12 @@ __device__ __forceinline__ uint4 mask_tail(uint4 v, int valid) {
   return v;
 }
 
-// Weights are read once: not kept in L1. The order of these loads is kept.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-
 // Elements k .. k + 8 of a row of x, zeros from `end` on. Not through the read-only path: x may have been written while
 // this kernel started.
 __device__ __forceinline__ uint4 load_x(const Element* row, int k, int end) {
   uint4 v;
 #if ALIGNED
-  asm volatile("{ .reg .pred p; setp.lt.s32 p, %5, %6; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-               "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-               : "l"(row + k), "r"(k), "r"(end));
+  v = load_if(k < end, row + k);
 #else
   u32 e[8];
   for (int j = 0; j < 8; j++) e[j] = k + j < end ? ((const volatile Element*)row)[k + j] : 0;

@@ -11,22 +11,21 @@
 #include "mma.cuh"
 #include "sync.cuh"
 
-// Where rank i of the group's A lies.
+// Where rank i of the group's A lies, looked up in the descriptor.
+__device__ __forceinline__ const char* far_a_row(const Pool& pool, const Group& group, const Segment& s, int layer, int i) {
+  int module = layer * NUM_MODULES + group.first_module;
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+    if (i < s.modules[m].rank) break;
+    i -= s.modules[m].rank;
+    module++;
+  }
+  return far_row(pool, s.adapter, module, 2, i);
+}
+
 __device__ __forceinline__ const char* a_row(const Pool& pool, const Group& group, const Segment& s, int layer, int i) {
   i = min(i, s.ranks - 1);
-  int m = 0;
-  Rows rows = s.modules[0].a;
-  int rows_first = s.modules[0].a_rows_first;
-  if (i >= s.modules[0].rank) {
-    i -= s.modules[0].rank;
-    m = 1, rows = s.modules[1].a, rows_first = s.modules[1].a_rows_first;
-    if (i >= s.modules[1].rank) {
-      i -= s.modules[1].rank;
-      m = 2, rows = s.modules[2].a, rows_first = s.modules[2].a_rows_first;
-    }
-  }
-  if (s.is_far) return far_row(pool, s.adapter, layer * NUM_MODULES + group.first_module + m, 2, i);
-  return near_row(rows, rows_first, row_bytes(group.in), i);
+  return s.is_far ? far_a_row(pool, group, s, layer, i) : near_row(s.a, s.a_split, row_bytes(group.in), i);
 }
 
 // Which part of a segment an item of the FEW list is.
@@ -35,8 +34,18 @@ struct FewItem {
 };
 
 __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s, int i) {
-  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, s.chunk);
+  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in, s.tiles));
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
+}
+
+// The same of the MANY list: 16 rows from `row`, MANY_TILES tiles from `tile`, SUM_CHUNKS chunks.
+struct ManyItem {
+  int row, part, tile;
+};
+
+__device__ __forceinline__ ManyItem many_item(int num_rows, int tiles, int i) {
+  int row_tiles = ceil_div(num_rows, 16), blocks = ceil_div(tiles, MANY_TILES);
+  return {i / blocks % row_tiles * 16, i / blocks / row_tiles, i % blocks * MANY_TILES};
 }
 
 #if DTYPE != 0
@@ -65,8 +74,8 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   const char* high = a_row(pool, group, s, layer, item.tile * 16 + g + 8);
   const Element* x_row = x + (long long)(s.first_row + min(item.row + g, s.num_rows - 1)) * group.in;
   float acc[4] = {};
-  int end = min(group.in, (item.part + 1) * s.chunk), last = (group.in - 1) / 8 * 8;
-  for (int k = item.part * s.chunk + t * 8; k - t * 8 < end; k += 256) {
+  int chunk = chunk_columns(group.in, s.tiles), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
+  for (int k = item.part * chunk + t * 8; k - t * 8 < end; k += 256) {
     uint4 w[8][2], v[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -86,23 +95,36 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   store_sums(work, s, item.row + t * 2, item.part, item.tile, acc);
 }
 
-// The same sums as shrink_few makes, added up over SUM_CHUNKS chunks.
+// Add the sums of chunk `i`: in order, or with clusters in the tree of their leaves, up to four of them.
+__device__ __forceinline__ void add_chunk(float total[16], float pair[16], const float acc[16], int i) {
+#pragma unroll
+  for (int e = 0; e < 16; e++) {
+    if (!HAS_CLUSTER) total[e] += acc[e];
+    else if (i % 4 == 0) total[e] = acc[e];
+    else if (i % 4 == 1) total[e] += acc[e];
+    else if (i % 4 == 2) pair[e] = acc[e];
+    else total[e] += pair[e] + acc[e];
+  }
+}
+
+// The same sums as of few rows, added up over SUM_CHUNKS chunks.
 __device__ __forceinline__ void shrink_many(
     const Pool& pool, const Group& group, const Work& work, const Segment& s, int layer, int i, const Element* x) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int pairs = ceil_div(s.tiles, 2), row_tiles = ceil_div(s.num_rows, 16);
-  int tile = i % pairs * 2, row = i / pairs % row_tiles * 16, part = i / pairs / row_tiles;
+  ManyItem item = many_item(s.num_rows, s.tiles, i);
+  int tile = item.tile, row = item.row, part = item.part;
   const char* a[4];
   const Element* x_rows[2];
 #pragma unroll
   for (int j = 0; j < 4; j++) a[j] = a_row(pool, group, s, layer, tile * 16 + j * 8 + g);
 #pragma unroll
   for (int j = 0; j < 2; j++) x_rows[j] = x + (long long)(s.first_row + min(row + j * 8 + g, s.num_rows - 1)) * group.in;
-  float total[4][4] = {}; // [tile * 2 + 8 rows]
-  int begin = part * SUM_CHUNKS * s.chunk, end = min(group.in, begin + SUM_CHUNKS * s.chunk), last = (group.in - 1) / 8 * 8;
-  for (; begin < end; begin += s.chunk) {
+  float total[16] = {}, pair[16]; // [tile, 8 rows, 4]
+  int chunk = chunk_columns(group.in, s.tiles), begin = part * SUM_CHUNKS * chunk;
+  int end = min(group.in, begin + SUM_CHUNKS * chunk), last = (group.in - 1) / 8 * 8;
+  for (int i = 0; i < SUM_CHUNKS; i++, begin += chunk) {
     float acc[4][4] = {};
-    int chunk_end = min(end, begin + s.chunk);
+    int chunk_end = min(end, begin + chunk);
     for (int k = begin + t * 8; k - t * 8 < chunk_end; k += 64) {
       uint4 w[2][4], v[2][2];
 #pragma unroll
@@ -119,10 +141,10 @@ __device__ __forceinline__ void shrink_many(
         for (int m = 0; m < 4; m++) shrink_step(acc[m], w[j][m / 2 * 2], w[j][m / 2 * 2 + 1], v[j][m % 2]);
     }
 #pragma unroll
-    for (int m = 0; m < 16; m++) total[m / 4][m % 4] += acc[m / 4][m % 4];
+    add_chunk(total, pair, acc[0], i);
   }
 #pragma unroll
   for (int m = 0; m < 4; m++)
-    if (tile + m / 2 < s.tiles) store_sums(work, s, row + m % 2 * 8 + t * 2, part, tile + m / 2, total[m]);
+    if (tile + m / 2 < s.tiles) store_sums(work, s, row + m % 2 * 8 + t * 2, part, tile + m / 2, total + m * 4);
 }
 #endif

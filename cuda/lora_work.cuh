@@ -2,18 +2,34 @@
 //
 // A layer group is qkv, o, gate_up or down of one layer: `num_modules` linears on the same x [rows, in], with outputs
 // side by side in delta [rows, out]. A's rows of all its modules, one after the other, are its `ranks` rows, in `tiles`
-// of 16. Items are worth a warp's while, and their number follows from (in, out, ranks, rows of the segment) alone:
-//   few   <= MANY_ROWS rows: 8 rows x one tile x one chunk of columns
-//   many  more rows: 16 rows x two tiles x SUM_CHUNKS chunks
-//   out   8 rows (few) or EXPAND_ROWS (many) x a module's B, 64 columns at a time, all ranks
+// of 16. A segment has *many* rows if it has more than the step says, else *few*. Items are worth a warp's while, and
+// their number follows from (in, out, ranks, rows of the segment) alone:
+//   few   8 rows x one tile x chunk_columns of x
+//   many  16 rows x MANY_TILES tiles x SUM_CHUNKS chunks
+//   out   8 rows (few) or EXPAND_ROWS (many) x all ranks of a module x item_columns of delta
 // Shrinking leaves partial sums, one for each chunk (few) or SUM_CHUNKS of them (many); expanding adds them in order.
+// Where there are clusters, units of 8 rows take the place of the items of few rows, and sums are added in a binary tree.
 #pragma once
 
 #include "element.cuh"
+#include "lora_memory.cuh"
 
-#define MANY_ROWS 64
+#define THREADS 256
+#define WARPS 8
+#define BLOCKS_PER_SM 2
+#define MAX_SEGMENTS 1024
 #define EXPAND_ROWS 64
 #define SUM_CHUNKS 4
+#define MANY_TILES 2
+// From sm_90 on, blocks of a cluster do all of a unit (lora_cluster.cuh).
+#define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
+#define CLUSTER 2
+#define TEAM_WARPS 16   // of a block
+#define TEAM_THREADS (TEAM_WARPS * 32)
+#define LEAVES 32       // chunks of the columns of x
+#define UNIT_RANKS 256  // at most, of all modules of a unit
+#define ALL_MODULES 3
+#define UNIT_OVERHEAD 24 // what a unit costs beside its weights, in 1024 elements of them that a block reads meanwhile
 #define MODULE_WORDS 12
 #define NUM_MODULES 7
 enum { FEW, MANY, OUT, NUM_LISTS };
@@ -35,30 +51,38 @@ struct Group {
   int out_stride; // of delta: their sum
 };
 
-// `rank` rows at equal distances in one page and the next, or (is_far) in more pages than that.
+// Rows at equal distances: row i < split at first + i * stride, further ones at next + (i - split) * stride.
 struct Rows {
-  const char* first; // the first row
-  const char* next;  // row rows_first
+  const char* first;
+  const char* next;
 };
 
 struct SegmentModule {
   int rank;
   float scale;
-  int a_rows_first;
-  int b_rows_first;
-  Rows a, b;
+  int b_split;
+  int first_rank; // of A's rows of the group
+  Rows b;
 };
 
 struct alignas(16) Segment {
   int first_row;
   int num_rows;
   int adapter; // descriptor row, or -1
-  int is_far;
+  int is_far;  // rows lie in more pages than `Rows` can say: look each up in the descriptor
   int tiles;
-  int chunk; // columns
   int ranks;
-  int unused;
+  int a_split;
+  int is_many;
+  Rows a; // of all modules
   SegmentModule modules[3];
+};
+
+// What clusters do, largest first: segment + MAX_SEGMENTS * (module or ALL_MODULES + 4 * (row / 8)).
+struct UnitList {
+  int count;
+  int team_size; // blocks that share a unit
+  int ids[1];    // count of them
 };
 
 struct Work {
@@ -66,8 +90,14 @@ struct Work {
   int* ends;         // [layers * 4, NUM_LISTS, max_segments]: items of a list up to and with each segment
   Segment* segments; // [layers * 4, max_segments]
   float* sums;       // [rows, sums_stride]: partial sums [chunk, tiles * 16] of a row
+  int* unit_lists;   // [layers * 4, 2 + max_units]
   int max_segments;
   int sums_stride;
+  int max_units;
+
+  __device__ __forceinline__ UnitList* units(int list) const {
+    return (UnitList*)(unit_lists + (long long)list * (2 + max_units));
+  }
 };
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -75,15 +105,13 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // Bytes from one row of an adapter's image to the next.
 __device__ __forceinline__ int row_bytes(int elements) { return (elements * (int)sizeof(Element) + 15) / 16 * 16; }
 
-// Columns of x that one partial sum covers: what keeps 64 ranks' sums of a row within in / 4 floats.
+// Columns of x that one partial sum covers: a leaf's, or more where there are more ranks, which keeps a row's sums few.
 __device__ __forceinline__ int chunk_columns(int in, int tiles) {
-  return (in > 8192 ? 512 : 256) * max(1, ceil_div(tiles, 4));
+  return HAS_CLUSTER ? ceil_div(in, LEAVES * 32) * 32 : (in > 8192 ? 512 : 256) * max(1, ceil_div(tiles, 4));
 }
 
-// How many times 64 columns an OUT item takes: about 64 ranks' worth of bytes.
-__device__ __forceinline__ int expand_steps(int rank) { return max(1, 8 / max(1, ceil_div(rank, 8))); }
-
-__device__ __forceinline__ bool is_many(int num_rows) { return DTYPE != 0 && num_rows > MANY_ROWS; }
+// Columns of delta that an OUT item takes: about 8 KB of weights.
+__device__ __forceinline__ int item_columns(int rank) { return rank <= 8 ? 512 : rank <= 16 ? 256 : rank <= 32 ? 128 : 64; }
 
 // Row i of a module's A (words 2..6 of its descriptor) or B (7..11), wherever it lies.
 __device__ __noinline__ const char* far_row(const int* words, const int* pages, const char* pool, long long page_bytes, int i) {
@@ -102,8 +130,8 @@ __device__ __forceinline__ const char* far_row(const Pool& pool, int adapter, in
   return far_row(words, pool.adapter_pages + (long long)adapter * pool.max_adapter_pages, pool.pages, pool.page_bytes, i);
 }
 
-__device__ __forceinline__ const char* near_row(const Rows& rows, int rows_first, int bytes, int i) {
-  return i < rows_first ? rows.first + (long long)i * bytes : rows.next + (long long)(i - rows_first) * bytes;
+__device__ __forceinline__ const char* near_row(const Rows& rows, int split, int stride, int i) {
+  return i < split ? rows.first + (long long)i * stride : rows.next + (long long)(i - split) * stride;
 }
 
 // All of a segment at once: one wait instead of several.

@@ -2,9 +2,9 @@
 
     python benches/kernels/lora.py [--quick] [--out lora.json]
 
-Checks a layer of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
-layers, in ms; `GB/s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is what a
-step with LoRA takes longer.
+Checks two layers of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
+layers, in ms; `gb_per_s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is
+what a step with LoRA takes longer: the op before its GEMM, after it, or on a parallel branch of the graph.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 from slora.kernels import nvrtc
 from slora.kernels.adapters import GROUPS, _starts
 from slora.kernels.lora import Lora
-from slora.memory import PagePool
+from slora.memory import MAX_GRAPH_ROWS, PagePool
 from slora.models.config import ModelConfig
 
 LLAMA_8B = {
@@ -89,7 +89,7 @@ class World:
             self.page_lists[row, :n] = order[place : place + n]
             place += n
         modules, pages = torch.from_numpy(self.words).cuda(), torch.from_numpy(self.page_lists).cuda()
-        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows)
+        self.lora = Lora(self.pool, modules, pages, max_rows=max_rows, max_rank=64)
         self.plan = torch.zeros(2048, dtype=torch.int32, device="cuda")
         sizes = [(config.module_dims[g[0]][0], sum(config.module_dims[m][1] for m in g)) for g in GROUPS]
         self.base = [
@@ -119,7 +119,9 @@ class World:
         return np.array([2 * (i + o) for i, o in self.config.module_dims] * self.config.num_layers)
 
     def prepare(self, stream: int) -> None:
-        self.lora.prepare(self.plan[:1], self.plan[1:], self.plan[1024:], stream)
+        has_prefill = self.rows > MAX_GRAPH_ROWS
+        arrays = (self.plan[:1], self.plan[1:], self.plan[1024:])
+        self.lora.prepare(*arrays, stream, num_rows=self.rows, has_prefill=has_prefill)
 
     def run_lora(self) -> None:
         stream = nvrtc.current_stream()
@@ -322,10 +324,9 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__, "nvrtc", nvrtc.nvrtc_version())
     results = [measure(world, s, not args.quick and s.adapters > 1) for s in scenarios]
     if args.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "seed": 0}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        about: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}
+        about["commit"] = head.stdout.strip()
         args.out.write_text(json.dumps(about | {"results": results}, indent=1))
 
 

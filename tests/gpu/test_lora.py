@@ -1,6 +1,7 @@
 """The LoRA kernels against the definition in fp32: mixes of adapters, ranks and sizes, graph replay, guard pages."""
 
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -16,22 +17,10 @@ from slora.kernels.lora import Lora
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-}
-ODD = {
-    "hidden_size": 36,
-    "intermediate_size": 75,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-}
+SMALL = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+ODD = {"hidden_size": 36, "intermediate_size": 75, "num_attention_heads": 6, "num_key_value_heads": 2}
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-SHAPES = {"small": SMALL, "odd": ODD, "llama": LLAMA | {"num_hidden_layers": 1}}
+SHAPES = {"small": SMALL, "odd": ODD, "llama": LLAMA}
 RANKS = [1, 3, 8, 16, 24, 64]
 
 
@@ -43,6 +32,7 @@ def make_config(shape: str) -> ModelConfig:
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 64,
             "rope_theta": 10000.0,
+            "num_hidden_layers": 1 if shape == "llama" else 2,
             **SHAPES[shape],
         }
     )
@@ -50,6 +40,8 @@ def make_config(shape: str) -> ModelConfig:
 
 class World:
     """A pool with some adapters of random ranks and targets, pages in random order, NaN where nobody wrote."""
+
+    has_prefill = True
 
     def __init__(
         self, shape: str, dtype: str, ranks: list[int], *, page_tokens: int | None = None, max_rows: int = 600
@@ -101,7 +93,8 @@ class World:
         self.plan.copy_(words)
 
     def prepare(self) -> None:
-        self.lora.prepare(self.plan[:1], self.plan[1:], self.plan[self.max_rows + 2 :])
+        arrays = (self.plan[:1], self.plan[1:], self.plan[self.max_rows + 2 :])
+        self.lora.prepare(*arrays, has_prefill=self.has_prefill)
 
     def inputs(self, rows: int) -> list[torch.Tensor]:
         """x of each group."""
@@ -174,7 +167,9 @@ def distribution(name: str, rows: int, num_adapters: int, rng: random.Random) ->
 @pytest.mark.parametrize("shape", ["small", "odd"])
 def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str) -> None:
     world = World(shape, dtype, RANKS)
-    for name in ("distinct", "identical", "uniform", "zipf", "skewed", "empty"):
+    for world.has_prefill, name in product(
+        (False, True), ("distinct", "identical", "uniform", "zipf", "skewed", "empty")
+    ):
         for rows in (1, 3, 7, 64, 133, 512):
             world.check(distribution(name, rows, len(RANKS), world.rng))
 

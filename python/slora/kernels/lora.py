@@ -1,4 +1,5 @@
-"""The LoRA op on CUDA: once a step the work lists of all groups, then two kernels for each group (`cuda/lora.cu`).
+"""The LoRA op on CUDA (`cuda/lora.cu`): once a step the work lists of all layer groups, then for each group one kernel
+(segments of few rows, from sm_90 on), or two (others).
 
 Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
 the launches may be captured in a graph.
@@ -18,7 +19,12 @@ from slora.memory import PagePool
 DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
-_LISTS, _SEGMENT_WORDS, _WARPS, _BLOCKS_PER_SM, _TILE = 3, 44, 8, 2, 16
+MANY_ROWS = 64
+"""Segments of more rows share their weights among many rows, if the step has prefill rows."""
+_LISTS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 3, 36, 16, 256, 2
+_CLUSTER, _TEAM_THREADS, _LEAVES, _SUM_CHUNKS = 2, 512, 32, 4
+_CLUSTER_BYTES = 218112
+"""Shared memory of a block of `lora_cluster`."""
 
 
 class _Pool(ctypes.Structure):
@@ -48,9 +54,10 @@ class _Groups(ctypes.Structure):
 
 class _Work(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("totals", "ends", "segments", "sums")),
+        *((name, ctypes.c_void_p) for name in ("totals", "ends", "segments", "sums", "units")),
         ("max_segments", ctypes.c_int),
         ("sums_stride", ctypes.c_int),
+        ("max_units", ctypes.c_int),
     )
 
 
@@ -77,11 +84,13 @@ class Lora:
         self.max_rows, self.max_rank, self._dtype = max_rows, max_rank, pool.flat.dtype
         self._groups = [_group(config.module_dims, group) for group in GROUPS]
         stride = max(_sums_stride(group.in_size, group.num_modules * max_rank) for group in self._groups)
+        num_lists, max_units = config.num_layers * 4, 3 * (max_rows // 8 + max_segments)
         self._buffers = (
-            torch.zeros(config.num_layers * 4 * 4, dtype=torch.int32, device=device),
-            torch.zeros(config.num_layers * 4 * _LISTS * max_segments, dtype=torch.int32, device=device),
-            torch.zeros(config.num_layers * 4 * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
+            torch.zeros(num_lists * 4, dtype=torch.int32, device=device),
+            torch.zeros(num_lists * _LISTS * max_segments, dtype=torch.int32, device=device),
+            torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
             torch.empty(max_rows * stride, dtype=torch.float32, device=device),
+            torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
         )
         self._tables = (pool.pages, modules, adapter_pages)
         self._pool = _Pool(
@@ -92,18 +101,40 @@ class Lora:
             adapter_pages.shape[1],
             config.num_layers,
         )
-        self._work = _Work(*(buffer.data_ptr() for buffer in self._buffers), max_segments, stride)
+        self._work = _Work(*(buffer.data_ptr() for buffer in self._buffers), max_segments, stride, max_units)
         aligned = all(size % 8 == 0 for dims in config.module_dims for size in dims)
-        module = nvrtc.load("lora", {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned)})
+        macros = {"DTYPE": DTYPE_MACRO[pool.dtype], "ALIGNED": int(aligned)}
+        module = nvrtc.load("lora", macros)
         self._prepare = module.kernel("lora_work")
         self._shrink, self._expand = module.kernel("lora_shrink"), module.kernel("lora_expand")
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_SM
-        self._launches = [self._bind(index) for index in range(config.num_layers * 4)]
+        self._cluster, self.num_clusters = None, 0
+        if module.has_clusters and aligned and pool.dtype != "float32":  # HAS_CLUSTER
+            self._cluster = module.kernel("lora_cluster")
+            self.num_clusters = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
+        self._has_many, self._num_clusters = True, self.num_clusters
+        self._launches = [self._bind(index) for index in range(num_lists)]
 
-    def prepare(self, num_segments: Tensor, seg_indptr: Tensor, seg_adapter: Tensor, stream: int | None = None) -> None:
-        """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number."""
-        args = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work, num_segments, seg_indptr, seg_adapter)
-        self._prepare(len(self._launches), 256, args, 0, stream)
+    def prepare(
+        self,
+        num_segments: Tensor,
+        seg_indptr: Tensor,
+        seg_adapter: Tensor,
+        stream: int | None = None,
+        *,
+        num_rows: int | None = None,
+        has_prefill: bool = True,
+    ) -> None:
+        """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number.
+
+        At most `num_rows` rows. Steps without prefill rows need one kernel for each layer group less.
+        """
+        self._num_clusters = min(self.num_clusters, self.max_rows if num_rows is None else num_rows)
+        self._has_many = has_prefill or self._cluster is None
+        tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
+        most_few = MANY_ROWS if self._has_many else 2**30
+        args = (*tables, num_segments, seg_indptr, seg_adapter, most_few, self._num_clusters)
+        self._prepare(len(self._launches), _THREADS, args, 0, stream)
 
     def __call__(
         self, x: Tensor, layer: int, group: int, stream: int | None = None, out: Tensor | None = None
@@ -115,11 +146,17 @@ class Lora:
         assert x.shape[1] == self._groups[group].in_size
         if out is None:
             out = x.new_empty(x.shape[0], self._groups[group].out_stride)
-        shrink, expand = self._launches[layer * 4 + group]
-        shrink.set(4, x)
-        expand.set(4, out)
-        shrink(stream)
-        expand(stream)
+        shrink, expand, cluster = self._launches[layer * 4 + group]
+        if cluster is not None:
+            cluster.set(4, x)
+            cluster.set(5, out)
+            cluster.set_grid(self._num_clusters * _CLUSTER)
+            cluster(stream)
+        if self._has_many:
+            shrink.set(4, x)
+            expand.set(4, out)
+            shrink(stream)
+            expand(stream)
         return out
 
     def check_ranks(self, modules: Tensor) -> None:
@@ -128,11 +165,17 @@ class Lora:
         if rank > self.max_rank:
             raise DeviceError(f"an adapter has rank {rank}, but the workspace is made for at most {self.max_rank}")
 
-    def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch]:
+    def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch, nvrtc.Launch | None]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
         # The first op may directly follow `prepare`, whose lists it reads before anything else.
-        shrink = self._shrink.bind(self._grid, _WARPS * 32, args, programmatic=index > 0)
-        return shrink, self._expand.bind(self._grid, _WARPS * 32, args, programmatic=True)
+        shrink = self._shrink.bind(self._grid, _THREADS, args, programmatic=index > 0)
+        expand = self._expand.bind(self._grid, _THREADS, args, programmatic=True)
+        if self._cluster is None:
+            return shrink, expand, None
+        both = (*args, self._buffers[0])
+        grid = self.num_clusters * _CLUSTER
+        cluster = self._cluster.bind(grid, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=_CLUSTER, programmatic=index > 0)
+        return shrink, expand, cluster
 
 
 def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Group:
@@ -143,7 +186,8 @@ def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Grou
 
 
 def _sums_stride(in_size: int, max_ranks: int) -> int:
-    """Floats that the partial sums of a row take at most: `chunk_columns` of the kernel, over all ranks."""
+    """Floats that the partial sums of a row take at most: one for each rank and chunk of columns (`chunk_columns`)."""
     base = 512 if in_size > 8192 else 256
     tiles = range(1, -(-max_ranks // _TILE) + 1)
-    return max(-(-in_size // (base * -(-n // 4))) * n * _TILE for n in tiles)
+    direct = max(-(-in_size // (base * -(-n // 4))) * n for n in tiles)
+    return max(direct, _LEAVES // _SUM_CHUNKS * tiles[-1]) * _TILE

@@ -42,7 +42,7 @@ def load(name: str, macros: Macros | None = None) -> "Module":
 @cache
 def _load(name: str, macros: tuple[tuple[str, int | float | str], ...], device: int) -> "Module":
     major, minor = torch.cuda.get_device_capability(device)
-    return Module(name, _cached(name, dict(macros), f"sm_{major}{minor}"), has_programmatic_launch=major >= 9)
+    return Module(name, _cached(name, dict(macros), f"sm_{major}{minor}"), is_hopper=major >= 9)
 
 
 def compile_only(name: str, macros: Macros | None = None, arch: str = "sm_90") -> bytes:
@@ -59,8 +59,9 @@ def expand(name: str) -> str:
 class Module:
     """The kernels of one file, loaded on the current device."""
 
-    def __init__(self, name: str, binary: bytes, *, has_programmatic_launch: bool) -> None:
-        self.name, self.has_programmatic_launch = name, has_programmatic_launch
+    def __init__(self, name: str, binary: bytes, *, is_hopper: bool) -> None:
+        """`is_hopper`: sm_90 or newer."""
+        self.name, self.has_programmatic_launch, self.has_clusters = name, is_hopper, is_hopper
         torch.cuda.synchronize()  # makes the device's primary context this thread's
         self._handle = ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), binary), f"load {name}")
@@ -118,11 +119,22 @@ class Kernel:
         structures as they are. `cluster`: blocks along x that share a cluster. `programmatic`: the kernel may start
         before the one before it has ended, and waits for it itself (`griddepcontrol`; without effect before sm_90).
         """
+        self._allow(shared_bytes)
+        return Launch(self, grid, block, args, shared_bytes, cluster, programmatic and self.has_programmatic_launch)
+
+    def max_clusters(self, block: Dim, shared_bytes: int, cluster: int) -> int:
+        """How many clusters of so many blocks the device can hold at once."""
+        self._allow(shared_bytes)
+        launch, num_clusters = Launch(self, cluster, block, (), shared_bytes, cluster, False), ctypes.c_int()
+        counted = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(num_clusters), self.function, launch.config)
+        _check(counted, f"count clusters of {self.name}")
+        return num_clusters.value
+
+    def _allow(self, shared_bytes: int) -> None:
         if shared_bytes > self._shared_bytes:
             granted = _driver().cuFuncSetAttribute(self.function, _MAX_SHARED, shared_bytes)
             _check(granted, f"give {self.name} {shared_bytes} bytes of shared memory")
             self._shared_bytes = shared_bytes
-        return Launch(self, grid, block, args, shared_bytes, cluster, programmatic and self.has_programmatic_launch)
 
 
 class Launch:
@@ -158,11 +170,20 @@ class Launch:
         assert type(new) is type(old), f"argument {index} of {self._name} changes its type"
         ctypes.memmove(ctypes.addressof(old), ctypes.addressof(new), ctypes.sizeof(old))
 
+    def set_grid(self, blocks: int) -> None:
+        """How many blocks, along x, the next calls launch."""
+        self._config.grid_x = blocks
+
     def __call__(self, stream: int | None = None) -> None:
         self._config.stream = current_stream() if stream is None else stream
         error = self._launch(*self._call)
         if error:
             _check(error, f"launch {self._name}")
+
+    @property
+    def config(self) -> Any:
+        """CUlaunchConfig*."""
+        return ctypes.byref(self._config)
 
     def _add_attribute(self, kind: int, *values: int) -> None:
         attribute = self._attributes[self._config.num_attrs]

@@ -68,7 +68,8 @@ class Step:
         self.attention.prepare(is_graph=is_graph)
         if has_lora:
             num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
-            self.lora.prepare(num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+            segments = (num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+            self.lora.prepare(*segments, num_rows=num_rows, has_prefill=has_prefill)
 
     def wait_for_adapters(self, layer: int) -> None:
         """Make the current stream wait for the adapters' weights of `layer`."""

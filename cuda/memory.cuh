@@ -1,0 +1,22 @@
+// Loads of 16 bytes, 16-byte aligned.
+#pragma once
+
+// Read-only data that is read once: not kept in L1. The order of these loads is kept.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// Zeros unless `is_valid`. Not through the read-only path: it may have been written while this kernel started.
+__device__ __forceinline__ uint4 load_if(bool is_valid, const void* from) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"((int)is_valid));
+  return v;
+}

@@ -1,0 +1,45 @@
+// In place of cuda/cluster.cuh.
+#pragma once
+#include "element.cuh"
+inline int cluster_rank() { return lane_now->block - blocks.data(); }
+inline void init_barrier(u64* barrier) { lane_now->block->barriers[barrier] = {}; }
+inline void complete(Barrier& barrier) {
+  if (barrier.has_arrived && barrier.bytes == 0) barrier.phase++, barrier.has_arrived = false, progress++;
+}
+inline void expect_bytes(u64* at, int bytes) {
+  Barrier& barrier = lane_now->block->barriers.at(at);
+  if (barrier.has_arrived) fail("too many arrivals");
+  barrier.has_arrived = true, barrier.bytes += bytes;
+  complete(barrier);
+}
+inline void wait_barrier(u64* at, int parity) {
+  while (lane_now->block->barriers.at(at).phase % 2 == parity) yield();
+}
+template <typename T>
+T* of_block(T* p, int rank) {
+  return (T*)((char*)p - shared_memory + (char*)blocks[rank].shared.data());
+}
+inline void store_to_block(float* to, float4 v, u64* barrier, int rank) {
+  *(float4*)aligned((const float4*)of_block(to, rank)) = v;
+  Barrier& there = blocks[rank].barriers.at(of_block(barrier, rank));
+  there.bytes -= sizeof(v);
+  complete(there);
+}
+inline void arrive_in_cluster() {}
+inline void wait_for_cluster() { sync_cluster(); }
+inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
+  aligned((const uint4*)to), aligned((const uint4*)from);
+  if (bytes <= 0 || bytes % 16) fail("a bulk copy of a wrong size");
+  copies.push_back({to, from, bytes, &lane_now->block->barriers.at(barrier)});
+}
+inline void finish_copies() {
+  while (!copies.empty() && chance() % 4) {
+    std::swap(copies[chance() % copies.size()], copies.back());
+    Copy copy = copies.back();
+    copies.pop_back();
+    memcpy(copy.to, copy.from, copy.bytes);
+    copy.barrier->bytes -= copy.bytes;
+    complete(*copy.barrier);
+    progress++;
+  }
+}

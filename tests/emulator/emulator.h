@@ -1,0 +1,232 @@
+// Runs a kernel's clusters of blocks on the CPU, one after the other: a fiber for each lane, switched where lanes wait for
+// each other.
+//
+// Warps are advanced in random order and copies arrive at random times, so that what is only ordered by luck shows.
+// Included before a kernel's source; the headers of this folder take the place of those with instructions of their own.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <vector>
+
+using std::max;
+using std::min;
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __shared__ thread_local
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+struct Dim {
+  int x, y, z;
+};
+
+struct Warp {
+  int num_arrived = 0;
+  long generation = 0;
+  unsigned long long values[32];
+  unsigned operands[32][6];
+};
+struct Barrier {
+  int phase = 0;
+  bool has_arrived = false;
+  long bytes = 0;
+};
+struct Block {
+  Dim index;
+  int num_threads, num_arrived = 0;
+  long generation = 0;
+  std::vector<uint4> shared;
+  std::map<void*, Barrier> barriers;
+};
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  Barrier* barrier;
+};
+struct Lane {
+  ucontext_t context;
+  Dim thread;
+  Warp* warp;
+  Block* block;
+  int index;
+  bool is_done = false;
+  std::vector<char> stack;
+};
+
+inline std::vector<Lane> lanes;
+inline std::vector<Warp> warps;
+inline std::vector<Block> blocks; // of the cluster
+inline std::vector<Copy> copies;
+inline Lane* lane_now;
+inline ucontext_t scheduler;
+inline int num_arrived;
+inline long generation, progress;
+inline std::mt19937 chance(1);
+inline std::function<void()> kernel_body;
+inline Dim gridDim;
+#define threadIdx (lane_now->thread)
+#define blockIdx (lane_now->block->index)
+#define shared_memory ((char*)lane_now->block->shared.data())
+
+[[noreturn]] inline void fail(const char* what) {
+  printf("emulator: %s in block %d\n", what, blockIdx.x);
+  fflush(stdout);
+  abort();
+}
+inline void yield() { swapcontext(&lane_now->context, &scheduler); }
+inline void __syncwarp() {
+  Warp& warp = *lane_now->warp;
+  long before = warp.generation;
+  if (++warp.num_arrived == 32) {
+    warp.num_arrived = 0, warp.generation++, progress++;
+  } else {
+    while (warp.generation == before) yield();
+  }
+}
+inline void __syncthreads() {
+  Block& block = *lane_now->block;
+  long before = block.generation;
+  if (++block.num_arrived == block.num_threads) {
+    block.num_arrived = 0, block.generation++, progress++;
+  } else {
+    while (block.generation == before) yield();
+  }
+}
+inline void sync_cluster() {
+  long before = generation;
+  if (++num_arrived == (int)lanes.size()) {
+    num_arrived = 0, generation++, progress++;
+  } else {
+    while (generation == before) yield();
+  }
+}
+inline int atomicAdd(int* at, int by) {
+  int before = *at;
+  *at += by;
+  return before;
+}
+inline int atomicMax(int* at, int other) {
+  int before = *at;
+  *at = max(before, other);
+  return before;
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  Warp& warp = *lane_now->warp;
+  memcpy(&warp.values[lane_now->index], &value, sizeof(T));
+  __syncwarp();
+  memcpy(&value, &warp.values[from % 32], sizeof(T));
+  __syncwarp();
+  return value;
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int by) {
+  return __shfl_sync(mask, value, max(0, lane_now->index - by));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int by) {
+  return __shfl_sync(mask, value, lane_now->index ^ by);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = 0;
+  for (int i = 0; i < 32; i++) votes |= (unsigned)__shfl_sync(~0u, (int)vote, i) << i;
+  return votes;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float fmaf(float a, float b, float c) { return a * b + c; }
+template <typename To, typename From>
+To bits(From x) {
+  To to;
+  memcpy(&to, &x, sizeof(To));
+  return to;
+}
+inline float __uint_as_float(unsigned x) { return bits<float>(x); }
+inline float __int_as_float(int x) { return bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
+template <typename T>
+const T* aligned(const T* at) {
+  if ((size_t)at % sizeof(T)) fail("misaligned access");
+  return at;
+}
+template <typename T>
+T __ldg(const T* at) {
+  return *aligned(at);
+}
+template <typename T>
+T __ldcg(const T* at) {
+  return *aligned(at);
+}
+template <typename T>
+void __stcg(T* at, T value) {
+  *(T*)aligned(at) = value;
+}
+
+void finish_copies();
+inline void run_lane() {
+  kernel_body();
+  lane_now->is_done = true;
+  progress++;
+  yield();
+}
+inline void run_cluster(int first_block, int num_blocks, int num_threads) {
+  int num_lanes = num_blocks * num_threads;
+  lanes = std::vector<Lane>(num_lanes);
+  warps.assign(num_lanes / 32, Warp());
+  blocks.assign(num_blocks, Block());
+  for (int i = 0; i < num_blocks; i++) {
+    blocks[i].index = {first_block + i, 0, 0}, blocks[i].num_threads = num_threads;
+    blocks[i].shared.assign(232448 / 16, make_uint4(~0u, ~0u, ~0u, ~0u)); // NaN
+  }
+  for (int i = 0; i < num_lanes; i++) {
+    Lane& lane = lanes[i];
+    lane.block = &blocks[i / num_threads], lane.warp = &warps[i / 32], lane.index = i % 32;
+    lane.thread = {i % num_threads, 0, 0};
+    lane.stack.resize(1 << 16);
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.data();
+    lane.context.uc_stack.ss_size = lane.stack.size();
+    makecontext(&lane.context, run_lane, 0);
+  }
+  for (int idle = 0; std::any_of(lanes.begin(), lanes.end(), [](Lane& lane) { return !lane.is_done; });) {
+    long before = progress;
+    for (size_t w = 0; w < warps.size(); w++) {
+      int warp = chance() % warps.size();
+      for (int i = 0; i < 32; i++) {
+        lane_now = &lanes[warp * 32 + i];
+        if (!lane_now->is_done) swapcontext(&scheduler, &lane_now->context);
+      }
+    }
+    if (chance() % 3 == 0) finish_copies();
+    idle = progress == before ? idle + 1 : 0;
+    if (idle > 10000) fail("deadlock");
+  }
+  if (!copies.empty()) fail("copies nobody waited for");
+}
+inline void launch(int num_blocks, int num_threads, std::function<void()> body, int cluster = 1) {
+  gridDim = {num_blocks, 1, 1};
+  kernel_body = body;
+  for (int i = 0; i < num_blocks; i += cluster) run_cluster(i, cluster, num_threads);
+}

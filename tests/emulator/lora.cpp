@@ -1,0 +1,28 @@
+// cuda/lora.cu as a library: each function launches kernels.
+#include "emulator.h"
+#include "lora.cu"
+#if !HAS_CLUSTER
+#include "cluster.cuh"
+#endif
+
+extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters) {
+  launch(pool->num_layers * 4, THREADS,
+         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters); });
+}
+
+extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
+                         int num_blocks) {
+#if HAS_CLUSTER
+  launch(num_blocks * CLUSTER, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, CLUSTER);
+#endif
+  launch(num_blocks, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
+  launch(num_blocks, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
+}
+
+extern "C" void sizes(int* to) {
+  to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;
+#if HAS_CLUSTER
+  to[3] = sizeof(ClusterMemory);
+#endif
+}

@@ -1,0 +1,174 @@
+"""The CUDA LoRA kernels on the CPU, lane by lane (`tests/emulator`): needs g++, no device."""
+
+import ctypes
+import random
+import shutil
+import subprocess
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planning import GROUPS, Modules, pack, tiny_config
+
+from slora.kernels import lora
+from slora.memory import DTYPES
+from slora.models.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+MAX_SEGMENTS = 64
+NUM_CLUSTERS = 2
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
+SHAPES = {
+    "aligned": {"hidden_size": 640, "intermediate_size": 2240, "num_attention_heads": 10, "num_key_value_heads": 2},
+    "odd": {"hidden_size": 36, "intermediate_size": 75, "num_attention_heads": 6, "num_key_value_heads": 2},
+}
+VARIANTS = {  # dtype, architecture, ALIGNED
+    "cluster": ("bfloat16", 900, 1),
+    "items": ("bfloat16", 800, 1),
+    "unaligned": ("bfloat16", 900, 0),
+    "fp32": ("float32", 900, 1),
+}
+MIXES = {
+    "few": ([16, 8, 24, 64], [(0, 1), (1, 1), (-1, 2), (2, 3), (3, 1)]),
+    "tiles": ([1, 3, 16], [(2, 9), (0, 1), (1, 2)]),
+    "many": ([16, 40], [(0, 70), (1, 3)]),
+    "wide": ([100], [(0, 3)]),
+    "empty": ([4], [(-1, 3)]),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ctypes.CDLL]:
+    dtype, arch, aligned = VARIANTS[request.param]
+    folder = tmp_path_factory.mktemp("emulator")
+    for source in (ROOT / "cuda", ROOT / "tests" / "emulator"):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    values = {"__CUDA_ARCH__": arch, "DTYPE": lora.DTYPE_MACRO[dtype], "ALIGNED": aligned}
+    macros = [f"-D{name}={value}" for name, value in values.items()]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "lora.cpp", "-o", "lora.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return request.param, ctypes.CDLL(str(folder / "lora.so"))
+
+
+class World:
+    """Adapters in pages of random order, NaN where nobody wrote."""
+
+    def __init__(self, shape: str, dtype: str, ranks: list[int], page_tokens: int) -> None:
+        self.rng = random.Random(repr((shape, ranks)))
+        torch.manual_seed(0)
+        self.config = ModelConfig.from_dict(tiny_config(num_hidden_layers=1, **SHAPES[shape]))
+        self.dtype = DTYPES[dtype]
+        page_bytes = self.config.page_bytes(page_tokens, dtype)
+        self.adapters = [self.make_modules(rank) for rank in ranks]
+        images = [pack(self.config, modules, page_bytes, dtype) for modules in self.adapters]
+        order = list(range(sum(len(image) for image, _ in images)))
+        self.rng.shuffle(order)
+        self.pages = torch.full((len(order), page_bytes), 255, dtype=torch.uint8)
+        self.modules = np.stack([descriptor for _, descriptor in images])
+        self.page_lists = np.zeros((len(ranks), max(len(image) for image, _ in images)), np.int32)
+        for row, (image, _) in enumerate(images):
+            mine, order = order[: len(image)], order[len(image) :]
+            self.pages[mine] = image
+            self.page_lists[row, : len(mine)] = mine
+        self.groups = [lora._group(self.config.module_dims, group) for group in GROUPS]
+        self.max_ranks = 3 * max(ranks)
+
+    def make_modules(self, rank: int) -> Modules:
+        modules: Modules = {}
+        for m, (in_size, out_size) in enumerate(self.config.module_dims):
+            if self.rng.random() < 0.85:
+                r = self.rng.choice([rank, rank, max(1, rank // 2)])
+                modules[0, m] = (torch.randn(r, in_size) / in_size**0.5, torch.randn(out_size, r) / r**0.5, 2.0)
+        return modules
+
+    def run(
+        self,
+        library: ctypes.CDLL,
+        segments: list[tuple[int, int]],
+        xs: list[torch.Tensor],
+        team_size: int | None = None,
+    ) -> list[torch.Tensor]:
+        rows = sum(n for _, n in segments)
+        stride = max(lora._sums_stride(group.in_size, self.max_ranks) for group in self.groups)
+        max_units = 3 * (rows // 8 + MAX_SEGMENTS)
+        words = [torch.zeros(n, dtype=torch.int32) for n in (16, 12 * MAX_SEGMENTS, 4 * MAX_SEGMENTS * 36)]
+        units = torch.zeros(4 * (2 + max_units), dtype=torch.int32)
+        sums = torch.full((rows * stride,), float("nan"))
+        pool = lora._Pool(
+            self.pages.data_ptr(),
+            self.pages.shape[1],
+            self.modules.ctypes.data,
+            self.page_lists.ctypes.data,
+            self.page_lists.shape[1],
+            1,
+        )
+        work = lora._Work(*(t.data_ptr() for t in (*words, sums, units)), MAX_SEGMENTS, stride, max_units)
+        groups = lora._Groups((lora._Group * 4)(*self.groups))
+        indptr = torch.tensor([0, *accumulate(n for _, n in segments)], dtype=torch.int32)
+        plan = (torch.tensor([len(segments)]), indptr, torch.tensor([a for a, _ in segments]))
+        plan = tuple(t.int() for t in plan)
+        by_ref = ctypes.byref
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in plan]
+        library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, lora.MANY_ROWS, NUM_CLUSTERS)
+        if team_size is not None:
+            units.view(4, -1)[:, 1] = team_size
+        outs = []
+        for i, x in enumerate(xs):
+            out = x.new_full((rows, self.groups[i].out_stride), float("nan"))
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
+            library.run_lora(by_ref(pool), by_ref(self.groups[i]), by_ref(work), i, *pointers, NUM_CLUSTERS)
+            outs.append(out)
+        return outs
+
+    def expected(self, segments: list[tuple[int, int]], group: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """By segment."""
+        found = []
+        for (adapter, n), part in zip(segments, x.float().split([n for _, n in segments]), strict=True):
+            columns = []
+            for m in GROUPS[group]:
+                columns.append(torch.zeros(n, self.config.module_dims[m][1]))
+                if adapter >= 0 and (0, m) in self.adapters[adapter]:
+                    a, b, scale = self.adapters[adapter][0, m]
+                    columns[-1] = part @ a.to(self.dtype).float().t() * scale @ b.to(self.dtype).float().t()
+            found.append(torch.cat(columns, 1))
+        return found
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_delta_is_the_definition(variant: tuple[str, ctypes.CDLL], mix: str) -> None:
+    name, library = variant
+    dtype = VARIANTS[name][0]
+    ranks, segments = MIXES[mix]
+    for page_tokens in (16, 64):
+        world = World("odd" if name in ("unaligned", "fp32") else "aligned", dtype, ranks, page_tokens)
+        rows = sum(n for _, n in segments)
+        xs = [torch.randn(rows, group.in_size).to(world.dtype) for group in world.groups]
+        for group, out in enumerate(world.run(library, segments, xs)):
+            wanted = world.expected(segments, group, xs[group])
+            for got, want in zip(out.float().split([n for _, n in segments]), wanted, strict=True):
+                assert (got - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(variant: tuple[str, ctypes.CDLL]) -> None:
+    name, library = variant
+    world = World("odd" if name in ("unaligned", "fp32") else "aligned", VARIANTS[name][0], [16], 64)
+    xs = [torch.randn(70, group.in_size).to(world.dtype) for group in world.groups]
+    together = world.run(library, [(0, 70)], xs)
+    alone = world.run(library, [(0, 2)], [x[5:7].contiguous() for x in xs])
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[5:7], b)
+    for team_size in (1, 2) if name == "cluster" else ():
+        some = world.run(library, [(0, 40)], [x[:40].contiguous() for x in xs], team_size)
+        assert all(torch.equal(a[:40], b) for a, b in zip(together, some, strict=True))
+
+
+def test_the_host_knows_the_sizes(variant: tuple[str, ctypes.CDLL]) -> None:
+    name, library = variant
+    sizes = (ctypes.c_int * 4)()
+    library.sizes(sizes)
+    assert tuple(sizes)[:3] == (lora._SEGMENT_WORDS, lora._THREADS, lora.MAX_SEGMENTS)
+    if name == "cluster":
+        assert sizes[3] == lora._CLUSTER_BYTES
