@@ -122,6 +122,16 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
     int at = atomicAdd(&places[place(cost)], rows);
     for (int r = 0; r < rows; r++) units->ids[at + r] = i + MAX_SEGMENTS * (m + 4 * r);
   });
+  __syncthreads();
+  for (int block = threadIdx.x; block < num_clusters * CLUSTER; block += THREADS) {
+    Start start = {{-1, -1}, units->team_size, units->count};
+    int num_teams = num_clusters * CLUSTER / start.team_size;
+    for (int turn = 0; turn < 2; turn++) {
+      int at = place_of(block / start.team_size, turn, num_teams);
+      if (at < start.count) start.ids[turn] = units->ids[at];
+    }
+    work.starts[list * MAX_BLOCKS + block] = start;
+  }
 }
 #endif
 

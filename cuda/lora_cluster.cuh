@@ -2,11 +2,10 @@
 //
 // The columns of x are cut into LEAVES chunks, whose sums are added in a binary tree. Each warp of a team has one leaf or
 // two; its block adds up its warps' sums through shared memory and stores them to the other block of the team, and each adds
-// up both: the same tree, whether a team has one block or two. Then each warp expands every n-th 128 columns of the output.
+// up both: the same tree, whether a team has one block or two. Then each warp expands every n-th 256 columns of the output.
 // Nothing but delta is written to memory, and no fence waits for what is on its way from it.
 //
-// Weights come through stages in shared memory, 16 rows of 256 bytes each, by bulk copies: long enough for memory, and few
-// instructions. Each warp has two stages to itself and fills one while it uses the other. Stages are asked for in the order
+// Weights come through stages in shared memory, 16 rows of 512 bytes each, by bulk copies: an SM begins one in about 10 cycles. Each warp has two stages to itself and fills one while it uses the other. Stages are asked for in the order
 // of their use, across tiles, phases and units, so that copies are on their way while warps wait for each other.
 #pragma once
 
@@ -15,7 +14,7 @@
 #include "lora_shrink.cuh"
 
 #if HAS_CLUSTER
-#define STAGE_COLUMNS 128
+#define STAGE_COLUMNS 256
 #define A_STRIDE (STAGE_COLUMNS * 2 + 64) // bytes from row to row: lanes read from different banks
 #define B_STRIDE (STAGE_COLUMNS * 2 + 32)
 #define V_STRIDE (UNIT_RANKS + 4)
@@ -36,16 +35,18 @@ struct Team {
   int size, num_teams, index; // of all teams
   int member, num_warps;      // the warp's place in its team
   int leaves;                 // of a warp
+  Start start;
 
-  __device__ __forceinline__ Team(int size_, int block) : size(size_) {
+  __device__ __forceinline__ Team(const Start& start_, int block) : size(start_.team_size), start(start_) {
     num_teams = gridDim.x / size, index = blockIdx.x / size;
     member = block % size * TEAM_WARPS + threadIdx.x / 32, num_warps = size * TEAM_WARPS, leaves = CLUSTER / size;
   }
 
-  // The team's `turn`th unit, or -1. Units are ordered by their bytes: forth and back, all teams get as much.
+  // The team's `turn`th unit, or -1.
   __device__ __forceinline__ int unit_at(const UnitList* units, int turn) const {
-    int at = turn * num_teams + (turn % 2 ? num_teams - 1 - index : index);
-    return at < __ldg(&units->count) ? __ldg(units->ids + at) : -1;
+    if (turn < 2) return turn ? start.ids[1] : start.ids[0];
+    int at = place_of(index, turn, num_teams);
+    return at < start.count ? __ldg(units->ids + at) : -1;
   }
 };
 
@@ -122,7 +123,7 @@ struct Feed {
     }
   }
 
-  // Have stage `s` filled with 128 columns of 16 ranks of A, or of B.
+  // Have stage `s` filled with STAGE_COLUMNS columns of 16 ranks of A, or of B.
   __device__ __forceinline__ void ask(int s) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Segment& copy = memory.asked[warp];
@@ -202,12 +203,12 @@ struct Exchange {
 // acc[16 ranks, 8 rows] += a stage of A times `columns` of x.
 __device__ __forceinline__ void shrink_stage(float acc[4], const char* stage, const Element* x, int columns, u64* full, int phase) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  uint4 v[4];
+  uint4 v[STAGE_COLUMNS / 32];
 #pragma unroll
-  for (int j = 0; j < 4; j++) v[j] = load_x(x, j * 32 + t * 8, columns);
+  for (int j = 0; j < STAGE_COLUMNS / 32; j++) v[j] = load_x(x, j * 32 + t * 8, columns);
   wait_barrier(full, phase);
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
+  for (int j = 0; j < STAGE_COLUMNS / 32; j++) {
     const char* at = stage + g * A_STRIDE + j * 64 + t * 16;
     uint4 low = *(const uint4*)at, high = *(const uint4*)(at + 8 * A_STRIDE);
     if (j * 32 + t * 8 >= columns) low = high = make_uint4(0, 0, 0, 0); // what an earlier stage left
@@ -215,8 +216,8 @@ __device__ __forceinline__ void shrink_stage(float acc[4], const char* stage, co
   }
 }
 
-// acc[2 times 64 columns, 8 rows] += a stage of B, of ranks `first` .. of `rank`, times v.
-__device__ __forceinline__ void expand_stage(float acc[2][4][4], const char* stage, const float* v, int first, int rank, float scale) {
+// acc[64 columns each, 8 rows] += a stage of B, of ranks `first` .. of `rank`, times v.
+__device__ __forceinline__ void expand_stage(float acc[STAGE_COLUMNS / 64][4][4], const char* stage, const float* v, int first, int rank, float scale) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int k = 0; k < 16; k += 8) {
@@ -224,7 +225,7 @@ __device__ __forceinline__ void expand_stage(float acc[2][4][4], const char* sta
     if (first + k >= rank) break;
     float v0 = r < rank ? v[r] * scale : 0.0f, v1 = r + 4 < rank ? v[r + 4] * scale : 0.0f;
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
+    for (int c = 0; c < STAGE_COLUMNS / 64; c++) {
       const char* at = stage + (k + t) * B_STRIDE + c * 128 + g * 16;
       uint4 low = *(const uint4*)at, high = *(const uint4*)(at + 4 * B_STRIDE);
       if (r >= rank) low = make_uint4(0, 0, 0, 0); // what an earlier stage left
@@ -240,7 +241,8 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
   if (threadIdx.x < TEAM_WARPS * 2 + 2) init_barrier(memory.full[0] + threadIdx.x); // `arrived` follows `full`
   const UnitList* units = work.units(list);
   const Segment* segments = work.segments + (long long)list * work.max_segments;
-  Team team(__ldg(&units->team_size), block);
+  int4 start = __ldg((const int4*)(work.starts + list * MAX_BLOCKS + blockIdx.x));
+  Team team({{start.x, start.y}, start.z, start.w}, block);
   int chunk = chunk_columns(group.in, 0), stage = 0, phases = 0;
   Feed feed = {pool, group, units, segments, memory, team, list / 4, chunk, team.unit_at(units, 0)};
   Exchange exchange = {memory, team, block};
@@ -295,7 +297,7 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
       if (m < 0) break;
       int rank = segment.modules[m].rank, first_column = (m > 0 ? group.out[0] : 0) + (m > 1 ? group.out[1] : 0);
       const float* v = memory.v + g * V_STRIDE + segment.modules[m].first_rank - unit.first_rank;
-      float acc[2][4][4] = {};
+      float acc[STAGE_COLUMNS / 64][4][4] = {};
       for (int r = 0; r < rank; r += 16) {
         wait_barrier(&memory.full[warp][stage], phases >> stage & 1);
         expand_stage(acc, memory.stages[warp][stage], v, r, rank, segment.modules[m].scale);
@@ -303,7 +305,7 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
       }
       Element* to = delta + (long long)(unit.first_row + t * 2) * group.out_stride + first_column;
 #pragma unroll
-      for (int c = 0; c < 2; c++)
+      for (int c = 0; c < STAGE_COLUMNS / 64; c++)
         store_columns(to, group.out_stride, unit.num_rows - t * 2, column * STAGE_COLUMNS + c * 64 + g * 8,
                       Unit::columns(group, m), acc[c]);
     }

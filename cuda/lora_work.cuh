@@ -24,11 +24,12 @@
 // From sm_90 on, blocks of a cluster do all of a unit (lora_cluster.cuh).
 #define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
 #define CLUSTER 2
-#define TEAM_WARPS 16   // of a block
+#define TEAM_WARPS 8    // of a block
 #define TEAM_THREADS (TEAM_WARPS * 32)
-#define LEAVES 32       // chunks of the columns of x
+#define LEAVES 16       // chunks of the columns of x
 #define UNIT_RANKS 256  // at most, of all modules of a unit
 #define ALL_MODULES 3
+#define MAX_BLOCKS 256  // of clusters
 #define UNIT_OVERHEAD 24 // what a unit costs beside its weights, in 1024 elements of them that a block reads meanwhile
 #define MODULE_WORDS 12
 #define NUM_MODULES 7
@@ -85,12 +86,25 @@ struct UnitList {
   int ids[1];    // count of them
 };
 
+// Where a team's `turn`th unit stands in the list. Units are ordered by their bytes: forth and back, all teams get as much.
+__device__ __forceinline__ int place_of(int team, int turn, int num_teams) {
+  return turn * num_teams + (turn % 2 ? num_teams - 1 - team : team);
+}
+
+// How a block begins: its first two units, or -1.
+struct alignas(16) Start {
+  int ids[2];
+  int team_size; // as in UnitList
+  int count;
+};
+
 struct Work {
   int4* totals;      // [layers * 4]: segments, then the items of each list
   int* ends;         // [layers * 4, NUM_LISTS, max_segments]: items of a list up to and with each segment
   Segment* segments; // [layers * 4, max_segments]
   float* sums;       // [rows, sums_stride]: partial sums [chunk, tiles * 16] of a row
   int* unit_lists;   // [layers * 4, 2 + max_units]
+  Start* starts;     // [layers * 4, MAX_BLOCKS]
   int max_segments;
   int sums_stride;
   int max_units;

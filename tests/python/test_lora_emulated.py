@@ -96,6 +96,7 @@ class World:
         max_units = 3 * (rows // 8 + MAX_SEGMENTS)
         words = [torch.zeros(n, dtype=torch.int32) for n in (16, 12 * MAX_SEGMENTS, 4 * MAX_SEGMENTS * 36)]
         units = torch.zeros(4 * (2 + max_units), dtype=torch.int32)
+        starts = torch.zeros(4, lora._MAX_BLOCKS, 4, dtype=torch.int32)
         sums = torch.full((rows * stride,), float("nan"))
         pool = lora._Pool(
             self.pages.data_ptr(),
@@ -105,7 +106,7 @@ class World:
             self.page_lists.shape[1],
             1,
         )
-        work = lora._Work(*(t.data_ptr() for t in (*words, sums, units)), MAX_SEGMENTS, stride, max_units)
+        work = lora._Work(*(t.data_ptr() for t in (*words, sums, units, starts)), MAX_SEGMENTS, stride, max_units)
         groups = lora._Groups((lora._Group * 4)(*self.groups))
         indptr = torch.tensor([0, *accumulate(n for _, n in segments)], dtype=torch.int32)
         plan = (torch.tensor([len(segments)]), indptr, torch.tensor([a for a, _ in segments]))
@@ -114,7 +115,7 @@ class World:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in plan]
         library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, lora.MANY_ROWS, NUM_CLUSTERS)
         if team_size is not None:
-            units.view(4, -1)[:, 1] = team_size
+            self.share(units.view(4, -1), starts, team_size)
         outs = []
         for i, x in enumerate(xs):
             out = x.new_full((rows, self.groups[i].out_stride), float("nan"))
@@ -122,6 +123,17 @@ class World:
             library.run_lora(by_ref(pool), by_ref(self.groups[i]), by_ref(work), i, *pointers, NUM_CLUSTERS)
             outs.append(out)
         return outs
+
+    def share(self, units: torch.Tensor, starts: torch.Tensor, team_size: int) -> None:
+        """Have teams of another size than was chosen."""
+        units[:, 1] = team_size
+        num_teams = NUM_CLUSTERS * 2 // team_size
+        for one, start in zip(units, starts, strict=True):
+            ids = torch.cat([one[2 : 2 + one[0]], torch.full((2 * num_teams,), -1)])
+            for block in range(NUM_CLUSTERS * 2):
+                team = block // team_size
+                places = (team, 2 * num_teams - 1 - team)
+                start[block] = torch.tensor([*(ids[i] if i < one[0] else -1 for i in places), team_size, one[0]])
 
     def expected(self, segments: list[tuple[int, int]], group: int, x: torch.Tensor) -> list[torch.Tensor]:
         """By segment."""

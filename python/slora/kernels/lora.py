@@ -22,8 +22,8 @@ MAX_SEGMENTS = 1024
 MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
 _LISTS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 3, 36, 16, 256, 2
-_CLUSTER, _TEAM_THREADS, _LEAVES, _SUM_CHUNKS = 2, 512, 32, 4
-_CLUSTER_BYTES = 218112
+_CLUSTER, _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 2, 256, 16, 4, 256
+_CLUSTER_BYTES = 182912
 """Shared memory of a block of `lora_cluster`."""
 
 
@@ -54,7 +54,7 @@ class _Groups(ctypes.Structure):
 
 class _Work(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("totals", "ends", "segments", "sums", "units")),
+        *((name, ctypes.c_void_p) for name in ("totals", "ends", "segments", "sums", "units", "starts")),
         ("max_segments", ctypes.c_int),
         ("sums_stride", ctypes.c_int),
         ("max_units", ctypes.c_int),
@@ -91,6 +91,7 @@ class Lora:
             torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
             torch.empty(max_rows * stride, dtype=torch.float32, device=device),
             torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
+            torch.zeros(num_lists * _MAX_BLOCKS * 4, dtype=torch.int32, device=device),
         )
         self._tables = (pool.pages, modules, adapter_pages)
         self._pool = _Pool(
@@ -111,7 +112,8 @@ class Lora:
         self._cluster, self.num_clusters = None, 0
         if module.has_clusters and aligned and pool.dtype != "float32":  # HAS_CLUSTER
             self._cluster = module.kernel("lora_cluster")
-            self.num_clusters = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
+            room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
+            self.num_clusters = min(room, _MAX_BLOCKS // _CLUSTER)
         self._has_many, self._num_clusters = True, self.num_clusters
         self._launches = [self._bind(index) for index in range(num_lists)]
 
