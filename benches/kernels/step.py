@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import torch
-from attention import LLAMA_8B, Planner, make_layout
+from planner import Planner, make_layout
+from shapes import LLAMA_8B
 from torch.profiler import ProfilerActivity, profile
 
 from slora.cuda_runner import CudaRunner
 from slora.kernels import nvrtc
 from slora.memory import PagePool
+from slora.models.config import ModelConfig
 from slora.weights import load_weights
 
 DECODE = [(1, 512), (16, 512), (64, 512), (256, 512)]
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--host", action="store_true", help="what the host does in a launch")
     parser.add_argument("--plain-launches", action="store_true", help="no programmatic dependent launch")
     args = parser.parse_args()
-    config, results = LLAMA_8B, []
+    config, results = ModelConfig.from_dict(LLAMA_8B), []
     if args.plain_launches:
         nvrtc._PROGRAMMATIC = 0  # an attribute that is ignored
     start = time.perf_counter()
