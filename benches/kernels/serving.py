@@ -75,12 +75,13 @@ class Engine:
         device, self.dtype = ("cpu", "float32") if is_tiny else ("cuda", "bfloat16")
         shape = TINY if is_tiny else LLAMA_8B
         self.num_steps = 16 if is_tiny else 40
+        self.num_tokens = 8 * self.num_steps + 96
         base = write_base(folder, shape)
         adapters = write_adapters(folder, shape, RANK, NUM_ADAPTERS, torch.float32 if is_tiny else torch.bfloat16)
         self.vocab_size = ModelConfig.from_dir(base).vocab_size
         page_bytes = ModelConfig.from_dir(base).page_bytes(16, self.dtype)
         image_pages = -(-(adapters.image_bytes + 32 * page_bytes // 100) // page_bytes) + 1
-        kv_pages = 64 * (64 + 8 * self.num_steps) // 16 + 64
+        kv_pages = 64 * (64 + self.num_tokens) // 16 + 64
         start = time.perf_counter()
         self.llm = slora.LLM(
             base,
@@ -133,7 +134,7 @@ class Engine:
         prompts = [self._prompt(i, 64) for i in range(64)]
         storm = Storm(self.llm.adapters, self.names)
         with ThreadPoolExecutor(1) as threads:
-            run = threads.submit(self._generate, prompts, 8 * self.num_steps)
+            run = threads.submit(self._generate, prompts, self.num_tokens)
             try:
                 self._until_all_decode(recorder, 64, run)
                 for _ in range(2):
