@@ -39,8 +39,8 @@ def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--commit", help="what is measured; by default the checkout's")
 
 
-def write_rows(args: argparse.Namespace, rows: Mapping[str, Row], **details: object) -> None:
-    """Write a run of a bench on a device, and print it as one table."""
+def write_rows(args: argparse.Namespace, rows: Mapping[str, Row], *, is_shown: bool = True, **details: object) -> None:
+    """Write a run of a bench on a device, and print it as one table, unless the bench has one of its own."""
     import torch
 
     import slora
@@ -58,7 +58,7 @@ def write_rows(args: argparse.Namespace, rows: Mapping[str, Row], **details: obj
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name, found in rows.items():
+    for name, found in rows.items() if is_shown else ():
         shown = ", ".join(f"{value:.4g}" for value in found["values"])
         print(f"{name:44} {found['value']:>10.4g} {found['unit']:8} ({shown})")
     print(f"wrote {args.out}", flush=True)

@@ -38,18 +38,24 @@ class Clock:
             torch.cuda.synchronize()
 
     def median_us(self, body: Callable[[], object], calls: int, repeats: int) -> float:
-        """Of one call, from `repeats` replays of a graph of `calls` of them: the host's launches do not count."""
+        return statistics.median(self.replays_us(body, calls, repeats))
+
+    def replays_us(
+        self, body: Callable[[], object], calls: int, repeats: int, before: Callable[[], object] = lambda: None
+    ) -> list[float]:
+        """Of one call, from replays of a graph of `calls` of them: the host's launches do not count. `before` each."""
         body()
         self.settle()
         run = self._recorded(body, calls)
         times = []
         for _ in range(repeats):
+            before()
             start = self.mark()
             run()
             end = self.mark()
             self.settle()
             times.append(self.ms(start, end) * 1000 / calls)
-        return statistics.median(times)
+        return times
 
     def _recorded(self, body: Callable[[], object], calls: int) -> Callable[[], object]:
         def repeat() -> None:
