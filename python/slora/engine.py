@@ -265,5 +265,11 @@ def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, ho
         return
     thread.join()
     core.close()
-    runner.close()
-    host.close()
+    for owner in (runner, host):
+        try:
+            owner.close()
+        except RuntimeError as error:
+            if core.failure is None:
+                raise
+            # After an illegal access the driver answers every call with it: the memory goes with the process.
+            logging.getLogger("slora").warning("memory of the failed engine is not freed: %s", error)

@@ -47,8 +47,9 @@ class PageCopies:
         self._pending.append((plan.counts.step, arrivals))
 
     def needed(self, step: int) -> Arrivals:
-        """What the compute stream must wait for so that the copies of `step` and before have arrived."""
-        return [arrival for copied, arrivals in self._pending if copied <= step for arrival in arrivals]
+        """What the compute stream must still wait for so that the copies of `step` and before have arrived."""
+        ordered = [arrival for copied, arrivals in self._pending if copied <= step for arrival in arrivals]
+        return [] if not ordered or ordered[-1][1].query() else ordered
 
     def done(self) -> list[int]:
         """Steps whose copies have arrived since the last call."""
