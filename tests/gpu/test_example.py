@@ -1,4 +1,4 @@
-"""The example on the device in half precision: logits near those of the CPU in fp32, the same best tokens and scores."""
+"""The example on the device in half precision: logits near those of the CPU in fp32, the same tokens and scores."""
 
 import json
 from collections.abc import Iterator
