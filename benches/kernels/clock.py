@@ -65,7 +65,7 @@ class Clock:
         if not self.is_cuda:
             return repeat
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # an engine may pin memory meanwhile
             repeat()
         graph.replay()
         self.settle()

@@ -139,6 +139,7 @@ class Engine:
 
     def _start(self, options: Options, weights: Weights, pool: PagePool, host: HostMemory) -> None:
         self.core = self._make_core(options, pool, host)
+        host.prepare(self.core.slabs_ready, self.core.fail)
         limits = self.core.config
         runner = create_runner(
             self.model_config,
@@ -195,6 +196,7 @@ class Engine:
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages, MAX_RANK[self.device.type]),
             self.text,
             slabs=host.slabs,
+            num_ready_slabs=host.num_ready,
             keep_alive=host,
             num_pages=pool.num_pages,
             page_tokens=pool.page_tokens,
