@@ -22,6 +22,8 @@ NAMES = sorted(path.name for path in ADAPTERS.iterdir())
 TOLERANCE = 1e-4
 GUARD_BYTES, GUARD = 1 << 20, 0xA5
 MOST_LEFT_BYTES = 64 << 20
+OTHERS_BYTES = 256 << 20
+"""Host memory that others on the machine may take meanwhile."""
 DEVICE = "cuda"
 Ask = tuple[list[int], str | None]
 
@@ -119,15 +121,17 @@ def free_bytes() -> tuple[int, int]:
 
 
 def test_close_returns_device_and_pinned_memory() -> None:
-    torch.zeros(1, device="cuda")
-    torch.cuda.empty_cache()
-    host_bytes, before = 3 << 30, free_bytes()
-    for _ in range(2):
+    """The first engine leaves what libraries loaded; another leaves nothing."""
+    left = []
+    for _ in range(3):
+        before = free_bytes()
         with slora.LLM(
-            BASE, adapters=ADAPTERS, device="cuda", dtype="bfloat16", pool_bytes=4 << 30, host_bytes=host_bytes
+            BASE, adapters=ADAPTERS, device="cuda", dtype="bfloat16", pool_bytes=4 << 30, host_bytes=3 << 30
         ) as llm:
             run(llm, draw(2, 30))
             assert before[0] - free_bytes()[0] > 4 << 30
         after = free_bytes()
-        assert before[0] - after[0] < MOST_LEFT_BYTES, "device memory is left"
-        assert before[1] - after[1] < MOST_LEFT_BYTES + (256 << 20), "pinned memory is left"  # others use the host, too
+        left.append((before[0] - after[0], before[1] - after[1]))
+    for device, host in left[1:]:
+        assert device < MOST_LEFT_BYTES, f"device memory is left: {left}"
+        assert host < MOST_LEFT_BYTES + OTHERS_BYTES, f"pinned memory is left: {left}"

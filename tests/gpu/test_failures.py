@@ -113,7 +113,7 @@ def test_requests_end_with_a_device_error_and_the_process_with_it(kind: str) -> 
     assert len(reported) == 1, output
     assert re.search(MESSAGES[kind], reported[0])
     assert "again" in output.splitlines(), output
-    assert process.returncode == 1, output
+    assert process.returncode != 0, output
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -128,5 +128,5 @@ def test_a_server_ends_its_requests_and_itself(kind: str) -> None:
         urllib.request.urlopen(request, timeout=TIMEOUT_S)
     assert refused.value.code >= 500
     output = finish(process)
-    assert process.returncode == 1, output
+    assert process.returncode != 0, output
     assert "the engine has failed" in output, output
