@@ -188,7 +188,6 @@ class CudaRunner:
         del self._tables, self._plan, self._step, self._decoder, self._sampler, self._hidden, self._returned
         self.host = None
         self.pool.close()
-        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
     def _forward(self, shape: StepShape) -> Tensor:

@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -14,8 +13,8 @@ from slora.errors import ConfigError, DeviceError
 
 MAX_SLAB_BYTES = 256 << 20
 """Of pinned memory: pinning holds up other calls of the driver, so it is done in pieces."""
-TOUCHERS, TOUCHED_BYTES = 2, 32 << 20
-"""Threads that make the system provide memory, most of what pinning takes, and how much at a time."""
+POPULATED_BYTES = 8 << 20
+"""How much memory the system is asked to provide at a time: page faults of other threads wait for it."""
 _NO_RESERVE = 0x4000  # of mmap, which has a name for it from Python 3.12 on
 _DONT_FORK, _HUGE_PAGE, _POPULATE_WRITE = 10, 14, 23  # of madvise
 
@@ -105,7 +104,9 @@ class PinnedSlabs:
 
     def _pin_next(self) -> None:
         address, num_bytes = self.slabs[self.num_ready]
-        _touch(address, num_bytes)
+        # Most of what pinning takes, but without holding up the driver; what was written is kept.
+        for start in range(0, num_bytes, POPULATED_BYTES):
+            _advise(address + start, min(POPULATED_BYTES, num_bytes - start), _POPULATE_WRITE)
         try:
             self._pinning.pin(address, num_bytes)
         except DeviceError as error:
@@ -136,15 +137,6 @@ def _reserve(num_bytes: int) -> Tensor:
     return reserved
 
 
-def _touch(address: int, num_bytes: int) -> None:
-    """Have the system provide the memory, whatever it holds already. Where it cannot be asked to, pinning does it."""
-    starts = range(0, num_bytes, TOUCHED_BYTES)
-    with ThreadPoolExecutor(TOUCHERS) as threads:
-        for start in starts:
-            size = min(TOUCHED_BYTES, num_bytes - start)
-            threads.submit(_advise, address + start, size, _POPULATE_WRITE)
-
-
 def _advise(address: int, num_bytes: int, advice: int) -> None:
-    """What the system does not know, it does not follow."""
+    """The system does not follow advice that it does not know, and nothing depends on it."""
     ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))
