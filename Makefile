@@ -79,7 +79,8 @@ bench: $(VENV)/.built $(VENV)/.tools ## Measure bookkeeping, packing and generat
 	cargo bench --workspace
 	$(BIN)/python benches/python/generate.py
 
-# Where there is a GPU but no Rust, or torch lies elsewhere: make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3
+# Where there is a GPU but no Rust, no history, or torch lies elsewhere:
+#     make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3 COMMIT=…
 GPU_ENV := target/gpu-env
 GPU_PYTHON ?= $(BIN)/python
 WHEEL ?=

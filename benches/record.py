@@ -36,7 +36,8 @@ def row(values: Sequence[float], unit: str) -> Row:
 def add_output(parser: argparse.ArgumentParser, name: str) -> None:
     """The arguments that `write_rows` reads. By default results go to benches/results/`name`.json."""
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="the file to write")
-    parser.add_argument("--commit", help="what is measured; by default the checkout's")
+    what = "what is measured; by default COMMIT of the environment, else the checkout's"
+    parser.add_argument("--commit", default=os.environ.get("COMMIT"), help=what)
 
 
 def write_rows(args: argparse.Namespace, rows: Mapping[str, Row], *, is_shown: bool = True, **details: object) -> None:
