@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-gpu bench-gpu format clean
+.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench gpu-env test-gpu sanitize-gpu bench-gpu format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -79,11 +79,33 @@ bench: $(VENV)/.built $(VENV)/.tools ## Measure bookkeeping, packing and generat
 	cargo bench --workspace
 	$(BIN)/python benches/python/generate.py
 
-test-gpu: $(VENV)/.built $(VENV)/.tools ## Tests that need a CUDA device
-	$(BIN)/python -m pytest tests/gpu
+# Where there is a GPU but no Rust, no history, or torch lies elsewhere:
+#     make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3 COMMIT=…
+GPU_ENV := target/gpu-env
+GPU_PYTHON ?= $(BIN)/python
+WHEEL ?=
+OUT ?= benches/results
 
-bench-gpu: $(VENV)/.built ## Measure the kernels on a CUDA device
-	for bench in benches/kernels/*.py; do $(BIN)/python $$bench; done
+# As in test-wheel, but without pip, which may be missing there: a wheel is an archive of what lies in site-packages.
+gpu-env: $(if $(WHEEL),,wheel) $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.built $(VENV)/.tools)
+	rm -rf $(GPU_ENV)
+	$(GPU_PYTHON) -m venv --without-pip $(GPU_ENV)
+	site=$$($(GPU_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$site/behind.pth; \
+	$(GPU_PYTHON) -m zipfile -e $(or $(WHEEL),dist/slora-*.whl) $$site
+	$(GPU_ENV)/bin/python -I -c 'import slora; print(f"the wheel of slora {slora.__version__} is in {slora.__file__}")'
+
+test-gpu: gpu-env ## Tests that need a CUDA device, of the installed wheel
+	$(GPU_ENV)/bin/python -m pytest tests/gpu
+
+sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer
+	tests/gpu/sanitizer.sh $(GPU_ENV)/bin/python
+
+bench-gpu: gpu-env ## Measure kernels, steps and swap-ins of the installed wheel on a CUDA device, into OUT
+	mkdir -p $(OUT)
+	for bench in attention lora alternatives step serving; do \
+	  $(GPU_ENV)/bin/python benches/kernels/$$bench.py --out $(OUT)/gpu-$$bench.json; \
+	done
 
 clean: ## Remove what was built
 	rm -rf $(VENV) target dist

@@ -1,4 +1,4 @@
-"""Run one crate's Criterion benches and write their figures to benches/results/.
+"""What benches write to benches/results/; run as a script, one crate's Criterion benches and their figures.
 
     python benches/record.py slora-core core-bookkeeping
 
@@ -9,11 +9,66 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benches" / "results"
+
+
+class Row(TypedDict):
+    """A figure: the median of repetitions."""
+
+    value: float
+    unit: str
+    values: list[float]
+
+
+def row(values: Sequence[float], unit: str) -> Row:
+    return {"value": statistics.median(values), "unit": unit, "values": list(values)}
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """The arguments that `write_rows` reads. By default results go to benches/results/`name`.json."""
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="the file to write")
+    what = "what is measured; by default COMMIT of the environment, else the checkout's"
+    parser.add_argument("--commit", default=os.environ.get("COMMIT"), help=what)
+
+
+def write_rows(args: argparse.Namespace, rows: Mapping[str, Row], *, is_shown: bool = True, **details: object) -> None:
+    """Write a run of a bench on a device, and print it as one table, unless the bench has one of its own."""
+    import torch
+
+    import slora
+
+    has_device = torch.cuda.is_available()
+    result = {
+        "device": torch.cuda.get_device_name() if has_device else machine()["cpu"],
+        "commit": args.commit if args.commit is not None else commit(),
+        "torch": torch.__version__,
+        "slora": slora.__version__,
+        "python": platform.python_version(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "rows": dict(rows),
+        **details,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, found in rows.items() if is_shown else ():
+        shown = ", ".join(f"{value:.4g}" for value in found["values"])
+        print(f"{name:44} {found['value']:>10.4g} {found['unit']:8} ({shown})")
+    print(f"wrote {args.out}", flush=True)
+
+
+def commit() -> str:
+    """The checkout's; empty where there is none."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def output_of(*command: str) -> str:
@@ -57,7 +112,7 @@ def main() -> None:
         "machine": machine(),
         "figures": figures(target / "criterion", since),
     }
-    path = ROOT / "benches" / "results" / f"{arguments.name}.json"
+    path = RESULTS / f"{arguments.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")

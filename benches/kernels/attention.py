@@ -1,175 +1,135 @@
 """Paged attention alone, Llama-3.1-8B shapes, bf16: bytes of K and V per second in decode, TFLOP/s in prefill.
 
-python benches/kernels/attention.py [--out FILE.json]
+    python benches/kernels/attention.py [--out FILE.json]
+
+Rows of every work are compared with fp32 before it is timed. Decode reads the layers in turn, so that the cache holds
+nothing of the next one.
 """
 
 import argparse
-import json
-import random
+import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
+from clock import Clock
+from planner import Planner, make_layout
+from shapes import LLAMA_8B
+from torch import Tensor
 
-from slora.kernels import cuda
-from slora.kernels.descriptors import DeviceTables
-from slora.kernels.step import Step
+from slora.kernels import reference
+from slora.kernels.adapters import AdapterTables
 from slora.memory import PagePool
-from slora.models.config import ModelConfig, Rope
-from slora.plan import Counts, DevicePlan, StepPlan
+from slora.models.config import ModelConfig
+from slora.plan import DevicePlan
 
-LLAMA_8B = ModelConfig(
-    family="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    rope=Rope("default", 500000.0, {}),
-    max_context=131072,
-    windows=(None,) * 32,
-    dtype="bfloat16",
-    eos_token_ids=(128001,),
-)
-ROWS, REQUESTS = 8192, 512
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import add_output, row, write_rows
+
 DECODE = [(1, 2048), (1, 8192), (8, 32768), (64, 128), (64, 2048), (256, 256), (256, 1024)]
 PREFILL = [(8, 1024, 0), (1, 8192, 0), (1, 1024, 7168), (1, 256, 2048), (4, 100, 1000)]
+NUM_PAGES = 17000
+TOLERANCE = 1.6e-2
+ROUNDS = 3
 
 
-def make_layout(num_pages: int) -> list[tuple[str, int, int, bool]]:
-    rows = {"token_ids", "positions", "slots"}
-    names = "counts token_ids positions slots query_indptr seq_lens page_indptr seg_indptr seg_adapter sample_rows"
-    names += " state_rows temperature top_p min_p presence frequency repetition uniform top_k num_logprobs bias_indptr"
-    names += " bias_ids bias_values page_indices"
-    floats = {"temperature", "top_p", "min_p", "presence", "frequency", "repetition", "uniform", "bias_values"}
-    layout, offset = [], 0
-    for name in names.split():
-        capacity = 32 if name == "counts" else ROWS if name in rows else REQUESTS + 4
-        capacity = num_pages if name == "page_indices" else capacity
-        layout.append((name, offset, capacity, name in floats))
-        offset += capacity
-    return layout
+class AttentionWork:
+    """A pool of random K and V, and one attention op over it: the device's kernels, or the reference on the CPU."""
+
+    def __init__(self, config: ModelConfig, dtype: str, device: str, num_pages: int) -> None:
+        self.config, self.clock = config, Clock(torch.device(device))
+        page_bytes = config.page_bytes(16, dtype)
+        self.pool = PagePool(config, dtype=dtype, device=device, pool_bytes=num_pages * page_bytes, page_tokens=16)
+        for part in self.pool.flat.split(1 << 30):
+            part.normal_()
+        layout = make_layout(num_pages)
+        self._planner = Planner(self.pool, layout)
+        self._frequencies = torch.ones(config.head_dim // 2, device=device)
+        self._run: Callable[[Tensor, int], Tensor]
+        if self.clock.is_cuda:
+            from slora.kernels.descriptors import DeviceTables
+            from slora.kernels.step import Step
+
+            self._device_plan = DevicePlan(layout, 0, self.pool.device)
+            self._step = Step(self.pool, DeviceTables(self.pool, 1, 1), self._device_plan, self._frequencies, 1.0)
+
+    def decode_us(self, num_requests: int, seq_len: int, repeats: int = 20) -> float:
+        q = self._prepare([(1, seq_len)] * num_requests)
+        layers = count()
+        return self.clock.median_us(lambda: self._run(q, next(layers) % self.config.num_layers), 4, repeats)
+
+    def prefill_us(self, num_requests: int, rows: int, cached: int, *, is_graph: bool = False) -> float:
+        q = self._prepare([(rows, cached + rows)] * num_requests, is_graph=is_graph)
+        layers = count()
+        return self.clock.median_us(lambda: self._run(q, next(layers) % self.config.num_layers), 4, 10)
+
+    def kv_bytes(self, num_requests: int, seq_len: int) -> int:
+        return num_requests * seq_len * 2 * self.config.kv_size * self.pool.flat.element_size()
+
+    def flop(self, num_requests: int, rows: int, cached: int) -> float:
+        """Of the scores that the causal mask leaves, and of their weighted sums."""
+        return 4 * self.config.q_size * num_requests * (rows * cached + rows * (rows + 1) / 2)
+
+    def _prepare(self, requests: list[tuple[int, int]], *, is_graph: bool = False) -> Tensor:
+        """Random queries for the requests, (rows, sequence length) each, once some of their results are right."""
+        plan, rows = self._planner.write(requests), sum(rows for rows, _ in requests)
+        pool, shape = self.pool, (rows, self.config.num_heads, self.config.head_dim)
+        q = torch.randn(shape, device=pool.device, dtype=pool.flat.dtype)
+        if self.clock.is_cuda:
+            from slora.kernels import cuda
+
+            self._device_plan.upload(plan)
+            is_decode = requests[0][0] == 1
+            self._step.prepare(rows, has_decode=is_decode, has_prefill=not is_decode, has_lora=False, is_graph=is_graph)
+            self._run = lambda q, layer: cuda.paged_attention(q, self._step, layer)
+        else:
+            tables = AdapterTables(self.pool, 1, 1)
+            batch = reference.prepare(plan, self.pool, tables, self._frequencies, 1.0)
+            self._run = lambda q, layer: reference.paged_attention(q, batch, layer)
+        self._check(requests, q, layer=self.config.num_layers - 1)
+        return q
+
+    def _check(self, requests: list[tuple[int, int]], q: Tensor, layer: int) -> None:
+        got, first = self._run(q, layer).view(q.shape).float(), 0
+        for i, (rows, seq_len) in enumerate(requests):
+            if i in (0, len(requests) // 2, len(requests) - 1):
+                pages = torch.tensor(self._planner.pages[i], device=self.pool.device)
+                kv = self.pool.kv[pages, layer].transpose(0, 1).flatten(1, 2).float()
+                for row_index in {0, rows // 2, rows - 1}:
+                    length = seq_len - rows + row_index + 1
+                    wanted = attend(q[first + row_index].float(), kv[:, :length])
+                    error = float((got[first + row_index] - wanted).norm() / wanted.norm())
+                    assert error < TOLERANCE, f"request {i}, row {row_index}, {length} tokens: relative error {error}"
+            first += rows
 
 
-class Planner:
-    """Plans over a pool, pages handed out at random."""
-
-    def __init__(self, pool: PagePool, layout: list[tuple[str, int, int, bool]]) -> None:
-        self.pool, self.layout = pool, layout
-        self.offsets = {name: (offset, is_float) for name, offset, _, is_float in layout}
-        size = sum(capacity for _, _, capacity, _ in layout)
-        self.buffer = torch.zeros(size, dtype=torch.int32, pin_memory=True)
-        self.plan = StepPlan(self.buffer, layout)
-        self.free = list(range(pool.num_pages))
-        random.Random(0).shuffle(self.free)
-
-    def write(self, requests: list[tuple[int, int]], step: int = 1, adapters: list[int] | None = None) -> StepPlan:
-        """`requests`: (rows, sequence length after the step); the last row of each is sampled, greedily."""
-        a: dict[str, list[float]] = {"query_indptr": [0], "page_indptr": [0], "page_indices": [], "seg_indptr": [0]}
-        a |= {"positions": [], "slots": [], "seq_lens": [], "sample_rows": []}
-        start = 0
-        for rows, seq_len in requests:
-            num_pages = -(-seq_len // self.pool.page_tokens)
-            pages = self.free[start : start + num_pages]
-            assert len(pages) == num_pages, "the pool is too small"
-            start += num_pages
-            positions = range(seq_len - rows, seq_len)
-            a["positions"] += positions
-            t = self.pool.page_tokens
-            a["slots"] += [pages[p // t] * t + p % t for p in positions]
-            a["query_indptr"].append(len(a["positions"]))
-            a["page_indices"] += pages
-            a["page_indptr"].append(len(a["page_indices"]))
-            a["seq_lens"].append(seq_len)
-            a["sample_rows"].append(len(a["positions"]) - 1)
-            a["seg_indptr"].append(len(a["positions"]))
-        n = len(requests)
-        a |= {"token_ids": [5] * len(a["positions"]), "top_p": [1.0] * n, "repetition": [1.0] * n}
-        a["seg_adapter"] = adapters or [-1] * n
-        a |= {name: [0] * n for name in ("temperature", "min_p", "presence", "frequency", "uniform", "top_k")}
-        lens = [rows for rows, _ in requests]
-        counts = Counts(*[0] * len(Counts._fields))._replace(
-            step=step,
-            num_rows=sum(lens),
-            num_decode=lens.count(1),
-            num_requests=n,
-            num_segments=n,
-            num_sampled=n,
-            num_page_indices=len(a["page_indices"]),
-            max_query_len=max(lens),
-            max_seq_len=max(seq_len for _, seq_len in requests),
-            max_logprobs=-1,
-            max_prompt_logprobs=-1,
-            flags=int(adapters is not None),
-        )
-        a["counts"] = list(counts)
-        for name, values in a.items():
-            offset, is_float = self.offsets[name]
-            words = np.array(values, np.float32 if is_float else np.int32).view(np.int32)
-            self.buffer.numpy()[offset : offset + len(words)] = words
-        self.plan.refresh()
-        return self.plan
-
-
-def time_us(body, repeats: int = 20) -> float:  # type: ignore[no-untyped-def]
-    """Median of replays of a graph of one call per layer, divided by the layers: the cache holds none of it."""
-    body()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(4):
-            body()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / 4)
-    return sorted(times)[len(times) // 2]
+def attend(q: Tensor, kv: Tensor) -> Tensor:
+    """One row of attention in fp32: q [heads, head_dim], kv [2, tokens, kv_heads, head_dim]."""
+    k, v = kv.repeat_interleave(q.shape[0] // kv.shape[2], 2)
+    scores = torch.einsum("hd,thd->ht", q, k) * q.shape[1] ** -0.5
+    return torch.einsum("ht,thd->hd", scores.softmax(-1), v)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output(parser, "attention")
     args = parser.parse_args()
-    config = LLAMA_8B
-    page_bytes = config.page_bytes(16, "bfloat16")
-    pool = PagePool(config, dtype="bfloat16", device="cuda", pool_bytes=17000 * page_bytes, page_tokens=16)
-    pool.flat.normal_()
-    layout = make_layout(pool.num_pages)
-    device_plan = DevicePlan(layout, 0, pool.device)
-    frequencies = torch.ones(config.head_dim // 2, device="cuda")
-    step = Step(pool, DeviceTables(pool, 1, 1), device_plan, frequencies, 1.0)
-    planner = Planner(pool, layout)
-    results = []
+    work = AttentionWork(ModelConfig.from_dict(LLAMA_8B), "bfloat16", "cuda", NUM_PAGES)
+    rows = {}
     for n, seq_len in DECODE:
-        device_plan.upload(planner.write([(1, seq_len)] * n))
-        step.prepare(n, has_decode=True, has_prefill=False, has_lora=False)
-        q = torch.randn(n, config.num_heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
-        layers = iter(range(10**9))
-        us = time_us(lambda q=q, layers=layers: cuda.paged_attention(q, step, next(layers) % 32))
-        rate = n * seq_len * 2 * config.kv_size * 2 / us / 1e6
-        results.append({"decode": [n, seq_len], "us": us, "TB/s": rate})
-        print(f"decode {n} x {seq_len}: {us:.1f} us, {rate:.2f} TB/s", flush=True)
+        us = [work.decode_us(n, seq_len) for _ in range(ROUNDS)]
+        name = f"attention_decode_{n}x{seq_len}"
+        rows[f"{name}_us"] = row(us, "us")
+        rows[f"{name}_tb_s"] = row([work.kv_bytes(n, seq_len) / value / 1e6 for value in us], "TB/s")
     for n, query_len, cached in PREFILL:
         for is_graph in (False, True):
-            device_plan.upload(planner.write([(query_len, cached + query_len)] * n))
-            rows = n * query_len
-            step.prepare(rows, has_decode=False, has_prefill=True, has_lora=False, is_graph=is_graph)
-            q = torch.randn(rows, config.num_heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
-            us = time_us(lambda q=q: cuda.paged_attention(q, step, 3), 10)
-            rate = 4 * config.q_size * n * (query_len * cached + query_len * (query_len + 1) / 2) / us / 1e6
-            name = "our kernel" if is_graph else "cudnn"
-            results.append({"prefill": [n, query_len, cached], "kernel": name, "us": us, "TFLOP/s": rate})
-            print(f"prefill {n} x {query_len} after {cached}, {name}: {us:.1f} us, {rate:.0f} TFLOP/s", flush=True)
-    if args.out:
-        meta = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.out.write_text(json.dumps({**meta, "results": results}, indent=1))
+            us = [work.prefill_us(n, query_len, cached, is_graph=is_graph) for _ in range(ROUNDS)]
+            kernel = "chunk" if is_graph else "eager"
+            name = f"attention_prefill_{n}x{query_len}_after_{cached}_{kernel}"
+            rows[f"{name}_us"] = row(us, "us")
+            rows[f"{name}_tflop_s"] = row([work.flop(n, query_len, cached) / value / 1e6 for value in us], "TFLOP/s")
+    write_rows(args, rows)
 
 
 if __name__ == "__main__":

@@ -5,31 +5,36 @@ python benches/kernels/step.py [--out FILE.json]
 
 import argparse
 import cProfile
-import json
 import pstats
+import sys
 import time
 from pathlib import Path
 
 import torch
-from attention import LLAMA_8B, Planner, make_layout
+from planner import Planner, make_layout
+from shapes import LLAMA_8B
 from torch.profiler import ProfilerActivity, profile
 
 from slora.cuda_runner import CudaRunner
 from slora.kernels import nvrtc
 from slora.memory import PagePool
+from slora.models.config import ModelConfig
 from slora.weights import load_weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import Row, add_output, row, write_rows
 
 DECODE = [(1, 512), (16, 512), (64, 512), (256, 512)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
+    add_output(parser, "step")
     parser.add_argument("--kernels", action="store_true", help="what each kernel takes")
     parser.add_argument("--host", action="store_true", help="what the host does in a launch")
     parser.add_argument("--plain-launches", action="store_true", help="no programmatic dependent launch")
     args = parser.parse_args()
-    config, results = LLAMA_8B, []
+    config, rows_of_file = ModelConfig.from_dict(LLAMA_8B), dict[str, Row]()
     if args.plain_launches:
         nvrtc._PROGRAMMATIC = 0  # an attribute that is ignored
     start = time.perf_counter()
@@ -74,9 +79,8 @@ def main() -> None:
         events[1].record()
         events[1].synchronize()
         device = events[0].elapsed_time(events[1]) / 10
-        results.append(
-            {"name": name, "device_ms": device, "ms": ms, "ms_without_overlap": alone, "host_us": host_us, "rows": rows}
-        )
+        found = {"device": device, "step": ms, "step_without_overlap": alone, "host": host_us / 1e3}
+        rows_of_file.update({f"{name.replace(' ', '_')}_{which}_ms": row([found[which]], "ms") for which in found})
         print(
             f"{name}: device {device:.3f} ms, {ms:.3f} ms a step ({alone:.3f} without overlap), host {host_us:.0f} us, "
             f"{rows / ms * 1000:.0f} tok/s",
@@ -103,10 +107,8 @@ def main() -> None:
     measure("mixed 63 x 512 + 193", [(1, 512)] * 63 + [(193, 400)], 30)
     measure("prefill 8 x 1024", [(1024, 1024)] * 8, 8)
     measure("prefill 1 x 8192", [(8192, 8192)], 8)
-    if args.out:
-        meta = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        args.out.write_text(json.dumps({**meta, "results": results}, indent=1))
     runner.close()
+    write_rows(args, rows_of_file, is_shown=False)
 
 
 if __name__ == "__main__":

@@ -182,9 +182,11 @@ class Core:
         eviction: str = "cost",
         max_copy_pages: int | None = None,
         num_loaders: int = 2,
+        num_ready_slabs: int | None = None,
         seed: int = 0,
     ) -> Self:
-        """`slabs`: (address, bytes) of the host tier's memory, which `keep_alive` owns. Raises ConfigError."""
+        """`slabs`: (address, bytes) of the host tier's memory, which `keep_alive` owns. `num_ready_slabs`: the first so
+        many may be copied from; None: all. Raises ConfigError."""
 
     @property
     def config(self) -> dict[str, int]:
@@ -213,6 +215,9 @@ class Core:
         """A launched step's output: contiguous int32 and float32 buffers."""
 
     def copies_done(self, step: int) -> None: ...
+    def slabs_ready(self, num_slabs: int) -> None:
+        """The first so many slabs may be copied from: adapters that were loaded into them may now be swapped in."""
+
     def wait(self, timeout_s: float) -> bool:
         """Wait until there may be something to plan; False: the engine is stopping, and no step is to be run."""
 

@@ -1,6 +1,7 @@
 """Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
 
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,20 @@ RING = 3
 """Buffers for what comes back: one is used again only after its step's result was taken."""
 KEPT_STEPS = 8
 """Steps whose end can still be waited for by a copy; older ones have ended."""
+LEAST_LAYERED_ROWS = 128
+"""Launching a step's layers one by one takes the host about as long as the device takes for this many rows: with fewer,
+it costs more than waiting for a swap-in."""
+
+
+class Path(Enum):
+    """How a step gets to the device."""
+
+    GRAPH = auto()
+    """By a recorded graph, behind all swap-ins that the step needs."""
+    LAYERED = auto()
+    """The graph's launches one by one, each layer behind its own part of the swap-ins."""
+    EAGER = auto()
+    """Launches for just this step, each layer behind its own part of the swap-ins."""
 
 
 class StepShape(NamedTuple):
@@ -43,9 +58,11 @@ class StepShape(NamedTuple):
         has_prefill = counts.num_requests > counts.num_decode
         return cls(counts.num_rows, counts.num_decode > 0, has_prefill, bool(counts.flags & HAS_LORA))
 
-    @property
-    def is_recordable(self) -> bool:
-        return self.num_rows <= graphs.MAX_ROWS
+    def path(self, *, is_waiting: bool) -> Path:
+        """`is_waiting`: adapters of the step are still being swapped in."""
+        if self.num_rows > graphs.MAX_ROWS:
+            return Path.EAGER
+        return Path.LAYERED if is_waiting and self.num_rows >= LEAST_LAYERED_ROWS else Path.GRAPH
 
 
 class CudaPending:
@@ -109,9 +126,17 @@ class CudaRunner:
         """Run a refreshed plan to its end."""
         return self.launch(plan).result()
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> CudaPending:
         """Enqueue a refreshed plan, whose buffer may be written again once its result was taken."""
+        try:
+            return self._launch(plan)
+        except DeviceError:
+            raise
+        except RuntimeError as error:  # out of memory, or what an earlier step did is reported by a later call
+            raise DeviceError(f"a step failed on the device: {error}") from error
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> CudaPending:
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
         self._step.arrivals = self._copies.needed(counts.copies_needed_step) if counts.copies_needed_step else []
@@ -167,13 +192,17 @@ class CudaRunner:
 
     def _forward(self, shape: StepShape) -> Tensor:
         """The normed hidden state [rows, hidden]; valid until the next step."""
-        if shape.is_recordable:
+        path = shape.path(is_waiting=bool(self._step.arrivals))
+        if path is Path.EAGER:
+            self._step.prepare(**shape._asdict())
+            return self._decoder.forward(self._step.ids, self._step)
+        shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
+        if path is Path.LAYERED:
+            self._forward_body(shape)()
+        else:
             self._step.wait_for_adapters(self.pool.config.num_layers)
-            shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
             self._graphs.run(shape, self._forward_body(shape))
-            return self._hidden
-        self._step.prepare(**shape._asdict())
-        return self._decoder.forward(self._step.ids, self._step)
+        return self._hidden
 
     def _forward_body(self, shape: StepShape) -> Callable[[], object]:
         def body() -> None:

@@ -139,6 +139,7 @@ class Engine:
 
     def _start(self, options: Options, weights: Weights, pool: PagePool, host: HostMemory) -> None:
         self.core = self._make_core(options, pool, host)
+        host.prepare(self.core.slabs_ready, self.core.fail)
         limits = self.core.config
         runner = create_runner(
             self.model_config,
@@ -195,6 +196,7 @@ class Engine:
             make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages, MAX_RANK[self.device.type]),
             self.text,
             slabs=host.slabs,
+            num_ready_slabs=host.num_ready,
             keep_alive=host,
             num_pages=pool.num_pages,
             page_tokens=pool.page_tokens,
@@ -265,5 +267,11 @@ def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, ho
         return
     thread.join()
     core.close()
-    runner.close()
-    host.close()
+    for owner in (runner, host):
+        try:
+            owner.close()
+        except RuntimeError as error:
+            if core.failure is None:
+                raise
+            # After an illegal access the driver answers every call with it: the memory goes with the process.
+            logging.getLogger("slora").warning("memory of the failed engine is not freed: %s", error)

@@ -1,6 +1,7 @@
 """The same plans on the CPU and on the device: tokens, log-probabilities, overlap, swap-ins."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from planning import Request, World
 from test_kernels import make_modules
 
+from slora.host import PinnedSlabs
 from slora.memory import HostTier
 from slora.models.config import ModelConfig
 from slora.plan import StepPlan
@@ -15,7 +17,7 @@ from slora.runner import Pending, StepOutput
 from slora.weights import load_weights
 
 page_copy = pytest.importorskip("slora.kernels.page_copy")
-PageCopies, PinnedSlabs = page_copy.PageCopies, page_copy.PinnedSlabs
+PageCopies, DevicePinning = page_copy.PageCopies, page_copy.DevicePinning
 pytestmark = pytest.mark.gpu
 BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 SAMPLING = {"temperature": 0.9, "top_p": 0.9}
@@ -133,9 +135,18 @@ def test_steps_may_be_launched_before_the_one_before_has_ended() -> None:
 def test_swap_ins_bring_the_pages_and_say_so() -> None:
     world = make_world("cuda")
     pool = world.pool
-    slabs = PinnedSlabs(300 * pool.page_bytes, pool.page_bytes)
+    slabs = PinnedSlabs(300 * pool.page_bytes, pool.page_bytes, DevicePinning(pool.device), 64 * pool.page_bytes)
     host = HostTier(slabs.slabs, pool.page_bytes)
-    for i in range(300):
+    host.page(299).fill_(299 % 251)  # before it is pinned
+    ready: list[int] = []
+    failures: list[str] = []
+    slabs.prepare(ready.append, failures.append)
+    deadline = time.monotonic() + 30
+    while len(ready) < 4:
+        assert not failures
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for i in range(299):
         host.page(i).fill_(i % 251)
     copies = PageCopies(pool, host)
     done: list[int] = []

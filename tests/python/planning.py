@@ -276,7 +276,7 @@ class World:
         if by_reference and num_rows == 1 and request in self.sampled_before and request.output:
             tokens = [-1 - self.sampled_before.index(request)]
         if request.state_row < 0:
-            request.state_row = self.step_number * 8 % 64 + len(arrays["reset_rows"])
+            request.state_row = (self.step_number * 8 + len(arrays["reset_rows"])) % 64
             arrays["reset_rows"].append(request.state_row)
             arrays["reset_prompt_lens"].append(len(request.prompt))
             arrays["reset_tokens"] += request.tokens

@@ -277,6 +277,27 @@ def test_a_step_that_fails_ends_everything_visibly(monkeypatch: pytest.MonkeyPat
             llm.adapters.add("reverse", ADAPTERS / "reverse")
 
 
+def test_a_lost_device_does_not_keep_a_failed_engine_from_closing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from slora.runner import Runner
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    before = threading.active_count()
+    with slora.LLM(BASE, device="cpu") as llm:
+        monkeypatch.setattr(Runner, "close", fail)
+        monkeypatch.setattr(Runner, "run", fail)
+        with pytest.raises(slora.DeviceError, match="illegal"):
+            llm.generate("abc")
+    assert "memory of the failed engine is not freed: an illegal memory access" in caplog.text
+    assert threading.active_count() == before
+    healthy = slora.LLM(BASE, device="cpu")
+    with pytest.raises(RuntimeError, match="illegal"):
+        healthy.close()
+
+
 def test_use_after_a_fork_raises_and_the_parent_goes_on(llm: slora.LLM) -> None:
     child = os.fork()
     if child == 0:

@@ -60,12 +60,19 @@ impl World {
     }
 
     fn with(script: &str, engine: EngineConfig, step_time: Duration) -> Self {
+        Self::over_slabs(script, engine, step_time, 1, 1)
+    }
+
+    /// A host tier of equal slabs, of which the first few are ready.
+    fn over_slabs(script: &str, engine: EngineConfig, step_time: Duration, num_slabs: usize, num_ready: usize) -> Self {
         let text = Arc::new(TextModel::from_dir(&example("base")).unwrap());
         let script = text.encode(script, false).unwrap();
         let mut memory = vec![0u64; PAGE_BYTES / 8 * NUM_HOST_PAGES];
-        let slab = (NonNull::new(memory.as_mut_ptr().cast::<u8>()).unwrap(), PAGE_BYTES * NUM_HOST_PAGES);
+        let size = PAGE_BYTES * NUM_HOST_PAGES / num_slabs;
+        let slabs = memory.chunks_exact_mut(size / 8).map(|slab| NonNull::new(slab.as_mut_ptr().cast::<u8>()).unwrap());
+        let slabs: Vec<_> = slabs.map(|address| (address, size)).collect();
         // SAFETY: the memory is the world's, which joins every thread before it goes.
-        let host = unsafe { HostMemory::new(&[slab], PAGE_BYTES) };
+        let host = unsafe { HostMemory::new(&slabs, PAGE_BYTES) }.with_ready_slabs(num_ready);
         let base = base();
         let engine = EngineConfig {
             vocab_size: base.vocab_size,
@@ -360,4 +367,25 @@ fn of_many_requests_with_random_cancels_each_ends_once_and_nothing_is_left() {
     world.wait_until("nothing is left", |stats| stats.kv_pages == 0 && stats.running + stats.waiting == 0);
     let stats = world.runtime.snapshot().engine;
     assert_eq!((stats.submitted, stats.ended), (300, 300));
+}
+
+#[test]
+fn a_load_into_a_slab_that_is_not_ready_is_answered_when_it_is() {
+    let world = World::over_slabs("abc", EngineConfig::default(), Duration::ZERO, 8, 0);
+    world.runtime.register("reverse", &example("adapters/reverse"), false, false).unwrap();
+    let ask = |adapter: Option<&str>| {
+        let submission = Submission { adapter: adapter.map(Into::into), ..world.submission("a", 3) };
+        world.runtime.submit(submission).unwrap()
+    };
+    let waiting = ask(Some("reverse"));
+    world.wait_until("the adapter is being loaded", |stats| stats.loading_adapters == 1);
+    for _ in 0..20 {
+        assert!(matches!(world.finish(&ask(None)).end, Some(End::Length)), "others do not wait");
+    }
+    world.runtime.slabs_ready(0);
+    assert_eq!(world.runtime.snapshot().engine.loads, 0);
+    assert!(waiting.take().end.is_none());
+    world.runtime.slabs_ready(8);
+    assert!(matches!(world.finish(&waiting).end, Some(End::Length)));
+    assert_eq!(world.runtime.snapshot().engine.loads, 1);
 }

@@ -33,7 +33,7 @@ class Rows:
         self._view: Tensor | None = None
         steps = np.diff(starts)
         if not steps.size or (steps == row_bytes // ROW_ALIGN_BYTES).all():
-            first = int(starts[0]) * self._source.stride(0)
+            first = self._source.storage_offset() + int(starts[0]) * self._source.stride(0)
             stride = row_bytes // self._source.element_size()
             self._view = self._source.as_strided((len(starts), width), (stride, 1), first)
         self._index = torch.from_numpy(starts)

@@ -33,7 +33,7 @@ def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, batch: Step, layer: int, group: int
 ) -> tuple[Tensor, Tensor | None]:
     """x [rows, in] -> (linear, delta), both [rows, out]. In a recorded graph the delta is a branch beside the GEMM."""
-    if not (batch.has_lora and batch.is_graph):
+    if not batch.has_branches:
         return linear(x, weight, bias), lora(x, batch, layer, group)
     main, side = torch.cuda.current_stream(), batch.side_stream
     side.wait_stream(main)

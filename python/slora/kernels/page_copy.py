@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from slora.errors import DeviceError
 from slora.kernels.nvrtc import _check as check
 from slora.kernels.nvrtc import _driver as driver
 from slora.memory import HostTier, PagePool
@@ -47,8 +46,9 @@ class PageCopies:
         self._pending.append((plan.counts.step, arrivals))
 
     def needed(self, step: int) -> Arrivals:
-        """What the compute stream must wait for so that the copies of `step` and before have arrived."""
-        return [arrival for copied, arrivals in self._pending if copied <= step for arrival in arrivals]
+        """What the compute stream must still wait for so that the copies of `step` and before have arrived."""
+        ordered = [arrival for copied, arrivals in self._pending if copied <= step for arrival in arrivals]
+        return [] if not ordered or ordered[-1][1].query() else ordered
 
     def done(self) -> list[int]:
         """Steps whose copies have arrived since the last call."""
@@ -89,6 +89,7 @@ class _Attributes(ctypes.Structure):
 
 
 _STREAM_ORDER, _OVERLAP = 1, 1
+_PORTABLE = 1
 
 
 def _copy(targets: list[int], sources: list[int], num_bytes: int, stream: int) -> None:
@@ -122,33 +123,19 @@ def _batch_copy() -> tuple[str, Any] | None:
     return None
 
 
-class PinnedSlabs:
-    """Host pages in pinned memory, outside torch's caching allocator: slabs of at most 1 GiB, of whole pages."""
+class DevicePinning:
+    """Pins memory for a device's copies. Calls may come from any thread."""
 
-    MAX_SLAB_BYTES = 1 << 30
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)  # makes the device's context this thread's
+        self._context = ctypes.c_void_p()
+        check(driver().cuCtxGetCurrent(ctypes.byref(self._context)), "find the device's context")
 
-    def __init__(self, num_bytes: int, page_bytes: int) -> None:
-        """Raises DeviceError if the system does not let that much memory be pinned."""
-        torch.cuda.synchronize()  # makes the device's context this thread's
-        self.slabs: list[tuple[int, int]] = []
-        """(address, bytes) of each."""
-        rest = num_bytes // page_bytes
-        most = max(1, self.MAX_SLAB_BYTES // page_bytes)
-        while rest > 0:
-            pages = min(rest, most)
-            self.slabs.append((self._allocate(pages * page_bytes, num_bytes), pages * page_bytes))
-            rest -= pages
+    def pin(self, address: int, num_bytes: int) -> None:
+        check(driver().cuCtxSetCurrent(self._context), "use the device on another thread")
+        pointer, size = ctypes.c_void_p(address), ctypes.c_size_t(num_bytes)
+        check(driver().cuMemHostRegister_v2(pointer, size, ctypes.c_uint(_PORTABLE)), f"pin {num_bytes} bytes")
 
-    def close(self) -> None:
-        for address, _ in self.slabs:
-            check(driver().cuMemFreeHost(ctypes.c_void_p(address)), "free pinned memory")
-        self.slabs.clear()
-
-    def _allocate(self, slab_bytes: int, total: int) -> int:
-        address = ctypes.c_void_p()
-        error = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(slab_bytes), 1)
-        if error:
-            self.close()
-            raise DeviceError(f"cannot pin {total} bytes of host memory; hint: a smaller host tier")
-        assert address.value is not None
-        return address.value
+    def unpin(self, address: int) -> None:
+        check(driver().cuCtxSetCurrent(self._context), "use the device on another thread")
+        check(driver().cuMemHostUnregister(ctypes.c_void_p(address)), "unpin host memory")

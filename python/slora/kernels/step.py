@@ -40,17 +40,21 @@ class Step:
         self.side_stream = torch.cuda.Stream(device)
         """For what may run beside the main stream's kernels, between two points of a layer."""
         self.arrivals: Arrivals = []
-        """Swap-ins that the layers must still wait for; a recorded graph waits for all of them before it starts."""
+        """Swap-ins that the layers must still wait for; a replayed graph has none, all were waited for before it."""
         self._kernel = nvrtc.load("step").kernel("step_rows")
         self.num_rows = 0
-        self.has_decode = self.has_prefill = self.has_lora = self.is_graph = False
+        self.has_decode = self.has_prefill = self.has_lora = self.is_graph = self.has_branches = False
 
     def prepare(
         self, num_rows: int, *, has_decode: bool, has_prefill: bool, has_lora: bool, is_graph: bool = False
     ) -> None:
-        """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters."""
+        """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters.
+
+        `is_graph`: only kernels that a graph may hold are used, whether or not these launches are recorded.
+        """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_lora, self.is_graph = has_decode, has_prefill, has_lora, is_graph
+        self.has_branches = has_lora and is_graph and not self.arrivals
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)

@@ -48,8 +48,12 @@ pub(crate) fn copied<T: Element + Copy>(array: Option<&Bound<'_, PyAny>>) -> PyR
     array.map_or(Ok(Vec::new()), |array| Ok(Lent::new(array)?.as_slice().to_vec()))
 }
 
-/// The host tier's memory, whose owner the caller keeps alive.
-pub(crate) fn host_memory(slabs: &[(usize, usize)], page_bytes: usize) -> PyResult<HostMemory> {
+/// The host tier's memory, whose owner the caller keeps alive. `num_ready_slabs`: see `HostMemory::with_ready_slabs`.
+pub(crate) fn host_memory(
+    slabs: &[(usize, usize)],
+    page_bytes: usize,
+    num_ready_slabs: Option<usize>,
+) -> PyResult<HostMemory> {
     let slabs = slabs
         .iter()
         .map(|&(address, bytes)| Ok((NonNull::new(address as *mut u8).ok_or("a slab's address is 0")?, bytes)))
@@ -57,5 +61,6 @@ pub(crate) fn host_memory(slabs: &[(usize, usize)], page_bytes: usize) -> PyResu
         .map_err(PyValueError::new_err)?;
     // SAFETY: Python allocated the slabs for this, keeps them alive as long as the engine, and only reads pages whose load
     // was answered.
-    Ok(unsafe { HostMemory::new(&slabs, page_bytes) })
+    let memory = unsafe { HostMemory::new(&slabs, page_bytes) };
+    Ok(memory.with_ready_slabs(num_ready_slabs.unwrap_or(slabs.len())))
 }

@@ -53,7 +53,7 @@ impl Core {
     #[new]
     #[pyo3(signature = (base, text, *, slabs, keep_alive, num_pages, page_tokens, max_batch_tokens, max_running,
                         max_waiting, max_adapters, max_context, eos_token_ids, prefetch=true, eviction="cost",
-                        max_copy_pages=None, num_loaders=2, seed=0))]
+                        max_copy_pages=None, num_loaders=2, num_ready_slabs=None, seed=0))]
     #[allow(clippy::too_many_arguments, reason = "keywords of a Python call")]
     fn new(
         base: &Base,
@@ -72,6 +72,7 @@ impl Core {
         eviction: &str,
         max_copy_pages: Option<u32>,
         num_loaders: usize,
+        num_ready_slabs: Option<usize>,
         seed: u64,
     ) -> PyResult<Self> {
         let eviction = match eviction {
@@ -96,7 +97,7 @@ impl Core {
             eviction,
             ..EngineConfig::default()
         };
-        let host = buffers::host_memory(&slabs, base.0.page_bytes as usize)?;
+        let host = buffers::host_memory(&slabs, base.0.page_bytes as usize, num_ready_slabs)?;
         let config = RuntimeConfig { engine, base: base.0.clone(), num_loaders, seed };
         let text = text.map(|text| text.0.clone());
         let (runtime, stepper) = Runtime::new(config, host, text).map_err(config_error)?;
@@ -187,6 +188,10 @@ impl Core {
         if let Some(stepper) = self.stepper().as_mut() {
             stepper.copies_done(step);
         }
+    }
+
+    fn slabs_ready(&self, py: Python<'_>, num_slabs: usize) {
+        py.detach(|| self.runtime.slabs_ready(num_slabs));
     }
 
     fn wait(&self, py: Python<'_>, timeout_s: f64) -> bool {

@@ -11,6 +11,7 @@ pub struct HostMemory {
     slabs: Vec<(u32, NonNull<u8>)>,
     num_pages: u32,
     page_bytes: usize,
+    num_ready_slabs: usize,
 }
 
 // SAFETY: `new` demands memory that any thread may write for as long as the value lives.
@@ -26,6 +27,7 @@ impl HostMemory {
     /// dropped, and disjoint from the others. Nobody else writes to it.
     pub unsafe fn new(slabs: &[(NonNull<u8>, usize)], page_bytes: usize) -> Self {
         let mut num_pages = 0;
+        let num_ready_slabs = slabs.len();
         let slabs = slabs
             .iter()
             .map(|&(address, bytes)| {
@@ -34,7 +36,22 @@ impl HostMemory {
                 (first, address)
             })
             .collect();
-        Self { slabs, num_pages, page_bytes }
+        Self { slabs, num_pages, page_bytes, num_ready_slabs }
+    }
+
+    /// Only the first `num_slabs` may be copied to the device for now: a load into others is answered when
+    /// [`Runtime::slabs_ready`](crate::Runtime::slabs_ready) says so.
+    pub fn with_ready_slabs(self, num_slabs: usize) -> Self {
+        Self { num_ready_slabs: num_slabs, ..self }
+    }
+
+    pub(crate) fn num_ready_slabs(&self) -> usize {
+        self.num_ready_slabs
+    }
+
+    /// How many slabs, from the first on, hold all of the pages.
+    pub(crate) fn num_slabs_of(&self, pages: &[u32]) -> usize {
+        pages.iter().map(|page| self.slab_of(*page) + 1).max().unwrap_or(0)
     }
 
     /// Pages of all slabs.
@@ -54,9 +71,11 @@ impl HostMemory {
 
     fn page(&self, page: u32) -> NonNull<u8> {
         assert!(page < self.num_pages, "a host page is one of the tier's");
-        let slab = self.slabs.partition_point(|(first, _)| *first <= page) - 1;
-        let (first, address) = self.slabs[slab];
+        let (first, address) = self.slabs[self.slab_of(page)];
         // SAFETY: the page lies inside the slab: `new` counted only whole pages.
         unsafe { address.add((page - first) as usize * self.page_bytes) }
+    }
+    fn slab_of(&self, page: u32) -> usize {
+        self.slabs.partition_point(|(first, _)| *first <= page) - 1
     }
 }

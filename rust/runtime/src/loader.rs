@@ -16,6 +16,8 @@ struct Job {
     id: AdapterId,
     adapter: Arc<Adapter>,
     pages: HostPages,
+    /// How many slabs must be ready before the image may be copied from.
+    num_slabs: usize,
     started: Instant,
     /// Set by a failure too, so that the other threads stop.
     is_cancelled: AtomicBool,
@@ -30,10 +32,14 @@ struct Jobs {
     open: VecDeque<Arc<Job>>,
     /// All that were not answered.
     unanswered: Vec<Arc<Job>>,
+    /// Those of them that are packed, into slabs that are not ready.
+    packed: Vec<Arc<Job>>,
+    num_ready_slabs: usize,
     is_closed: bool,
 }
 
-struct Shared {
+/// What loader threads share with whoever prepares the host tier's memory.
+pub(crate) struct Shared {
     jobs: Mutex<Jobs>,
     condvar: Condvar,
     inbox: Arc<Inbox>,
@@ -46,8 +52,10 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    pub fn new(num_threads: usize, inbox: Arc<Inbox>) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { jobs: Mutex::default(), condvar: Condvar::new(), inbox });
+    /// `num_ready_slabs`: of the host tier, for now; see [`Shared::slabs_ready`].
+    pub fn new(num_threads: usize, num_ready_slabs: usize, inbox: Arc<Inbox>) -> std::io::Result<Self> {
+        let jobs = Mutex::new(Jobs { num_ready_slabs, ..Jobs::default() });
+        let shared = Arc::new(Shared { jobs, condvar: Condvar::new(), inbox });
         let threads = (0..num_threads.max(1))
             .map(|i| {
                 let shared = shared.clone();
@@ -57,12 +65,18 @@ impl Loader {
         Ok(Self { shared, threads })
     }
 
-    pub fn start(&self, id: AdapterId, adapter: Arc<Adapter>, pages: HostPages) {
+    pub fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// `num_slabs`: the first so many hold all the pages.
+    pub fn start(&self, id: AdapterId, adapter: Arc<Adapter>, pages: HostPages, num_slabs: usize) {
         let num_parts = adapter.num_parts();
         let job = Arc::new(Job {
             id,
             adapter,
             pages,
+            num_slabs,
             started: Instant::now(),
             is_cancelled: AtomicBool::new(false),
             next_part: AtomicUsize::new(0),
@@ -122,9 +136,32 @@ impl Shared {
                 job.is_cancelled.store(true, Ordering::Relaxed);
             }
             if job.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.answer(&job);
+                self.finish(job);
             }
         }
+    }
+
+    /// Answers a packed job once its slabs are ready. No thread waits for that, and a failure is told at once.
+    fn finish(&self, job: Arc<Job>) {
+        let has_failed = job.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let mut jobs = self.lock();
+        if !has_failed && job.num_slabs > jobs.num_ready_slabs {
+            jobs.packed.push(job);
+            return;
+        }
+        drop(jobs);
+        self.answer(&job);
+    }
+
+    /// The first `num_slabs` slabs may be copied from.
+    pub fn slabs_ready(&self, num_slabs: usize) {
+        let mut jobs = self.lock();
+        jobs.num_ready_slabs = jobs.num_ready_slabs.max(num_slabs);
+        let (done, rest) = std::mem::take(&mut jobs.packed).into_iter().partition(|job| job.num_slabs <= num_slabs);
+        jobs.packed = rest;
+        drop(jobs);
+        let done: Vec<Arc<Job>> = done;
+        done.iter().for_each(|job| self.answer(job));
     }
 
     /// The next part to pack; `None`: the pool is closed.

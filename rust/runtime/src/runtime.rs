@@ -13,7 +13,7 @@ use crate::delivery::{Delivery, Message};
 use crate::error::{RegisterError, RequestError};
 use crate::host::HostMemory;
 use crate::inbox::{Command, Inbox, Refused};
-use crate::loader::Loader;
+use crate::loader::{self, Loader};
 use crate::mailbox::Wake;
 use crate::output::{Channel, ChannelSpec, End, Output, TextState};
 use crate::stepper::Stepper;
@@ -110,6 +110,7 @@ pub struct Runtime {
     text: Option<Arc<TextModel>>,
     seed: u64,
     next_id: AtomicU64,
+    loads: Arc<loader::Shared>,
     delivery: Mutex<Delivery>,
     messages: mpsc::SyncSender<Message>,
 }
@@ -135,14 +136,15 @@ impl Runtime {
         base.max_adapter_pages = engine.config().max_adapter_pages;
         let inbox = Arc::new(Inbox::default());
         let shared = Arc::new(Shared { inbox: inbox.clone(), state: Mutex::default(), snapshot: Mutex::default() });
-        let started =
-            Delivery::new(inbox.clone()).and_then(|delivery| Ok((delivery, Loader::new(num_loaders, inbox)?)));
+        let num_ready_slabs = host.num_ready_slabs();
+        let started = Delivery::new(inbox.clone())
+            .and_then(|delivery| Ok((delivery, Loader::new(num_loaders, num_ready_slabs, inbox)?)));
         let Ok((delivery, loader)) = started else { panic!("the system cannot start a thread") };
         let messages = delivery.sender();
-        let config = engine.config().clone();
+        let (config, loads) = (engine.config().clone(), loader.shared());
         let stepper = Stepper::new(engine, host, loader, messages.clone(), shared.clone());
         let (next_id, delivery) = (AtomicU64::new(1), Mutex::new(delivery));
-        Ok((Self { shared, config, base, text, seed, next_id, delivery, messages }, stepper))
+        Ok((Self { shared, config, base, text, seed, next_id, loads, delivery, messages }, stepper))
     }
 
     /// The engine's configuration, with limits lowered to what can be reached.
@@ -309,6 +311,11 @@ impl Runtime {
         let mut all = all;
         all.sort_by(|a, b| a.info.name.cmp(&b.info.name));
         Ok(all)
+    }
+
+    /// The first `num_slabs` slabs of the host tier may be copied from. Never waits for the step thread.
+    pub fn slabs_ready(&self, num_slabs: usize) {
+        self.loads.slabs_ready(num_slabs);
     }
 
     /// Waits, on the step thread, until there may be something to plan, or the time is over. Whether the runtime is running.

@@ -179,7 +179,8 @@ impl Stepper {
                 self.engine.load_failed(load.adapter, "its checkpoint is no longer known".into());
                 continue;
             };
-            self.loader.start(load.adapter, adapter.clone(), self.host.pages(&load.pages));
+            let num_slabs = self.host.num_slabs_of(&load.pages);
+            self.loader.start(load.adapter, adapter.clone(), self.host.pages(&load.pages), num_slabs);
         }
         while let Some(id) = self.engine.next_dropped() {
             self.adapters.remove(&id);

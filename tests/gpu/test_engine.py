@@ -1,0 +1,137 @@
+"""A whole engine on the device: nothing outside the pool is written, swapped-in pages are right, memory comes back."""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planning import World
+from test_runner import make_requests, make_world
+
+import slora
+from slora import memory
+from slora.outputs import Result
+
+pytestmark = pytest.mark.gpu
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny"
+BASE, ADAPTERS = EXAMPLE / "base", EXAMPLE / "adapters"
+NAMES = sorted(path.name for path in ADAPTERS.iterdir())
+TOLERANCE = 1e-4
+GUARD_BYTES, GUARD = 1 << 20, 0xA5
+MOST_LEFT_BYTES = 64 << 20
+OTHERS_BYTES = 256 << 20
+"""Host memory that others on the machine may take meanwhile."""
+DEVICE = "cuda"
+Ask = tuple[list[int], str | None]
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """Every pool that is made lies between two guards: whole buffers, filled."""
+    whole: list[torch.Tensor] = []
+    allocate = memory._allocate
+
+    def between_guards(num_bytes: int, device: torch.device) -> torch.Tensor:
+        buffer = allocate(num_bytes + 2 * GUARD_BYTES, device).fill_(GUARD)
+        whole.append(buffer)
+        return buffer[GUARD_BYTES:-GUARD_BYTES]
+
+    monkeypatch.setattr(memory, "_allocate", between_guards)
+    yield whole
+    assert whole, "no pool was made"
+    for buffer in whole:
+        assert (buffer[:GUARD_BYTES] == GUARD).all(), "bytes before the pool were written"
+        assert (buffer[-GUARD_BYTES:] == GUARD).all(), "bytes behind the pool were written"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_steps_write_nothing_outside_the_pool(guarded: list[torch.Tensor], dtype: str) -> None:
+    rng = random.Random(7)
+    world: World = make_world(DEVICE, dtype, with_adapters=True)
+    for _ in range(4):
+        requests = make_requests()
+        for request in requests:
+            request.adapter = rng.choice([*world.images, None])
+        rng.shuffle(requests)
+        world.generate(requests, rng.choice([30, 100, 700]), by_reference=True)
+        for name in list(world.rows):
+            world.evict(name)
+
+
+def draw(seed: int, count: int) -> list[Ask]:
+    rng, names = random.Random(seed), [*NAMES, None]
+    return [
+        ([1, *(rng.randrange(5, 250) for _ in range(rng.randint(1, 60)))], names[i % len(names)]) for i in range(count)
+    ]
+
+
+def run(llm: slora.LLM, asks: list[Ask], **sampling: Any) -> list[Result]:
+    options = {"max_tokens": 12, "temperature": 0, "logprobs": 2, "ignore_eos": True} | sampling
+    return llm.generate([ids for ids, _ in asks], adapter=[name for _, name in asks], **options)
+
+
+def assert_same(got: list[Result], wanted: list[Result]) -> None:
+    """Equal up to the first token whose two best were closer than rounding."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None
+        for i, token in enumerate(theirs.token_ids):
+            best, second = sorted(theirs.logprobs[i].values(), reverse=True)[:2]
+            if ours.token_ids[i] != token:
+                assert best - second < TOLERANCE, f"token {i} of {theirs.adapter}: {ours.token_ids}, {theirs.token_ids}"
+                break
+            assert ours.logprobs[i][token] == pytest.approx(theirs.logprobs[i][token], abs=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:max_context is lowered")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_bytes": 56 << 16, "max_running": 8},
+        {"pool_bytes": 44 << 16, "max_running": 16},
+        {"pool_bytes": 56 << 16, "host_bytes": 48 << 16, "max_running": 4},
+        {"pool_bytes": 70 << 16, "max_batch_tokens": 40, "prefetch": False},
+    ],
+)
+def test_swap_ins_into_pages_just_freed_under_load(guarded: list[torch.Tensor], options: dict[str, Any]) -> None:
+    """A pool for two or three of ten adapters: every step frees pages of one and fills them with another's."""
+    asks = draw(1, 44)
+    with slora.LLM(BASE, adapters=ADAPTERS, device="cpu", dtype="float32") as llm:
+        wanted = run(llm, asks)
+    with slora.LLM(BASE, adapters=ADAPTERS, device=DEVICE, dtype="float32", **options) as llm:
+        deadline = time.monotonic() + 60
+        for shuffled in range(12):
+            order = random.Random(shuffled).sample(range(len(asks)), len(asks))
+            assert_same(run(llm, [asks[i] for i in order]), [wanted[i] for i in order])
+            assert time.monotonic() < deadline
+        stats = llm.stats()
+    assert stats.adapter_evictions > 20, stats
+    assert stats.swap_ins > 20, stats
+
+
+def free_bytes() -> tuple[int, int]:
+    """(of the device, of the host)"""
+    torch.cuda.synchronize()
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return torch.cuda.mem_get_info()[0], host
+
+
+def test_close_returns_device_and_pinned_memory() -> None:
+    """The first engine leaves what libraries loaded; another leaves nothing."""
+    left = []
+    for _ in range(3):
+        before = free_bytes()
+        with slora.LLM(
+            BASE, adapters=ADAPTERS, device="cuda", dtype="bfloat16", pool_bytes=4 << 30, host_bytes=3 << 30
+        ) as llm:
+            run(llm, draw(2, 30))
+            assert before[0] - free_bytes()[0] > 4 << 30
+        after = free_bytes()
+        left.append((before[0] - after[0], before[1] - after[1]))
+    for device, host in left[1:]:
+        assert device < MOST_LEFT_BYTES, f"device memory is left: {left}"
+        assert host < MOST_LEFT_BYTES + OTHERS_BYTES, f"pinned memory is left: {left}"
