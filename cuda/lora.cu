@@ -124,13 +124,14 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
   });
   __syncthreads();
   for (int block = threadIdx.x; block < num_clusters * CLUSTER; block += THREADS) {
-    Start start = {{-1, -1}, units->team_size, units->count};
-    int num_teams = num_clusters * CLUSTER / start.team_size;
+    Start& start = work.starts[list * MAX_BLOCKS + block];
+    int ids[2] = {-1, -1}, size = units->team_size, num_teams = num_clusters * CLUSTER / size;
     for (int turn = 0; turn < 2; turn++) {
-      int at = place_of(block / start.team_size, turn, num_teams);
-      if (at < start.count) start.ids[turn] = units->ids[at];
+      int at = place_of(block / size, turn, num_teams);
+      if (at < units->count) ids[turn] = units->ids[at];
     }
-    work.starts[list * MAX_BLOCKS + block] = start;
+    start.ids[0] = ids[0], start.ids[1] = ids[1], start.team_size = size, start.count = units->count;
+    if (ids[0] >= 0) start.segment = segments[ids[0] % MAX_SEGMENTS];
   }
 }
 #endif

@@ -35,18 +35,20 @@ struct Team {
   int size, num_teams, index; // of all teams
   int member, num_warps;      // the warp's place in its team
   int leaves;                 // of a warp
-  Start start;
+  int ids[2], count;          // the first two units; how many there are for all teams
 
-  __device__ __forceinline__ Team(const Start& start_, int block) : size(start_.team_size), start(start_) {
+  __device__ __forceinline__ Team(const Start& start, int block) {
+    int4 numbers = __ldg((const int4*)&start);
+    ids[0] = numbers.x, ids[1] = numbers.y, size = numbers.z, count = numbers.w;
     num_teams = gridDim.x / size, index = blockIdx.x / size;
     member = block % size * TEAM_WARPS + threadIdx.x / 32, num_warps = size * TEAM_WARPS, leaves = CLUSTER / size;
   }
 
   // The team's `turn`th unit, or -1.
   __device__ __forceinline__ int unit_at(const UnitList* units, int turn) const {
-    if (turn < 2) return turn ? start.ids[1] : start.ids[0];
+    if (turn < 2) return turn ? ids[1] : ids[0];
     int at = place_of(index, turn, num_teams);
-    return at < start.count ? __ldg(units->ids + at) : -1;
+    return at < count ? __ldg(units->ids + at) : -1;
   }
 };
 
@@ -54,11 +56,16 @@ struct Team {
 struct Unit {
   int first_row, num_rows, first_module, last_module, first_rank, num_ranks;
 
+  // A lane's part of a segment.
+  __device__ static __forceinline__ int4 part(const Segment* from) {
+    return ((const int4*)from)[min(threadIdx.x % 32, (int)sizeof(Segment) / 16 - 1)];
+  }
+
   // `copy`: the warp's own, in shared memory.
-  __device__ __forceinline__ void load(int id, const Group& group, const Segment* from, Segment& copy) {
+  __device__ __forceinline__ void load(int id, const Group& group, int4 part, Segment& copy) {
     int m = id / MAX_SEGMENTS % 4, row = id / MAX_SEGMENTS / 4 * 8, lane = threadIdx.x % 32;
     __syncwarp();
-    if (lane < (int)sizeof(Segment) / 16) ((int4*)&copy)[lane] = ((const int4*)from)[lane];
+    if (lane < (int)sizeof(Segment) / 16) ((int4*)&copy)[lane] = part;
     __syncwarp();
     first_row = copy.first_row + row, num_rows = min(8, copy.num_rows - row);
     first_module = m == ALL_MODULES ? 0 : m, last_module = m == ALL_MODULES ? group.num_modules - 1 : m;
@@ -89,6 +96,7 @@ struct Feed {
   const Segment* segments;
   ClusterMemory& memory;
   const Team& team;
+  int4 first; // part of the first unit's segment
   int layer, chunk;
   int next_id;            // of the unit after this one, -1: there is none
   int id = -1, turn = -1; // of this one
@@ -118,7 +126,7 @@ struct Feed {
       id = next_id, turn++;
       if (id < 0) return;
       next_id = team.unit_at(units, turn + 1);
-      unit.load(id, group, segments + id % MAX_SEGMENTS, copy);
+      unit.load(id, group, turn ? Unit::part(segments + id % MAX_SEGMENTS) : first, copy);
       is_b = 0, run = -1;
     }
   }
@@ -238,18 +246,19 @@ __device__ __forceinline__ void expand_stage(float acc[STAGE_COLUMNS / 64][4][4]
 __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& pool, const Group& group, const Work& work, int list,
                                           const Element* x, Element* delta) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, block = cluster_rank();
+  const Start& start = work.starts[list * MAX_BLOCKS + blockIdx.x];
+  int4 first = Unit::part(&start.segment);
+  Team team(start, block);
   if (threadIdx.x < TEAM_WARPS * 2 + 2) init_barrier(memory.full[0] + threadIdx.x); // `arrived` follows `full`
+  arrive_in_cluster();
   const UnitList* units = work.units(list);
   const Segment* segments = work.segments + (long long)list * work.max_segments;
-  int4 start = __ldg((const int4*)(work.starts + list * MAX_BLOCKS + blockIdx.x));
-  Team team({{start.x, start.y}, start.z, start.w}, block);
   int chunk = chunk_columns(group.in, 0), stage = 0, phases = 0;
-  Feed feed = {pool, group, units, segments, memory, team, list / 4, chunk, team.unit_at(units, 0)};
+  Feed feed = {pool, group, units, segments, memory, team, first, list / 4, chunk, team.unit_at(units, 0)};
   Exchange exchange = {memory, team, block};
   __syncthreads();
-  arrive_in_cluster();
-  feed.ask(0);
-  feed.ask(1);
+#pragma unroll 1
+  for (int s = 0; s < 2; s++) feed.ask(s);
   wait_for_previous_kernel();
   wait_for_cluster();
   auto next_stage = [&] { // the stage in use may be filled anew, the other one is next
@@ -261,7 +270,8 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
   for (int turn = 0; id >= 0; turn++) {
     Segment& segment = memory.used[warp];
     Unit unit;
-    unit.load(id, group, feed.turn == turn && feed.id >= 0 ? &memory.asked[warp] : segments + id % MAX_SEGMENTS, segment);
+    bool is_asked = feed.turn == turn && feed.id >= 0;
+    unit.load(id, group, Unit::part(is_asked ? &memory.asked[warp] : segments + id % MAX_SEGMENTS), segment);
     id = team.unit_at(units, turn + 1);
     const Element* x_row = x + (long long)(unit.first_row + min(g, unit.num_rows - 1)) * group.in;
     int tiles = ceil_div(unit.num_ranks, 16);

@@ -91,11 +91,12 @@ __device__ __forceinline__ int place_of(int team, int turn, int num_teams) {
   return turn * num_teams + (turn % 2 ? num_teams - 1 - team : team);
 }
 
-// How a block begins: its first two units, or -1.
+// How a block of a cluster begins: its first two units, or -1, and the segment of the first.
 struct alignas(16) Start {
   int ids[2];
   int team_size; // as in UnitList
   int count;
+  Segment segment;
 };
 
 struct Work {

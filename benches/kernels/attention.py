@@ -79,7 +79,7 @@ class AttentionWork:
         if self.clock.is_cuda:
             from slora.kernels import cuda
 
-            self._device_plan.upload(plan)
+            self._device_plan.upload(plan, torch.Tensor.copy_)
             is_decode = requests[0][0] == 1
             self._step.prepare(rows, has_decode=is_decode, has_prefill=not is_decode, has_lora=False, is_graph=is_graph)
             self._run = lambda q, layer: cuda.paged_attention(q, self._step, layer)

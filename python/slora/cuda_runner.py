@@ -16,6 +16,7 @@ from slora.kernels.descriptors import DeviceTables
 from slora.kernels.page_copy import PageCopies
 from slora.kernels.sampling import DeviceSampler
 from slora.kernels.step import Step
+from slora.kernels.upload import upload
 from slora.memory import HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
@@ -114,7 +115,7 @@ class CudaRunner:
         self._decoder = Decoder(config, weights, backend("cuda"))
         self._sampler = DeviceSampler(self._step, max_running, config.vocab_size)
         self._copies = PageCopies(pool, host)
-        self._graphs = Graphs(device, pool.flat.dtype)
+        self._graphs = Graphs(device)
         rows = max(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
         self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
         size = self._plan.capacity["sample_rows"]
@@ -140,7 +141,7 @@ class CudaRunner:
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
         self._step.arrivals = self._copies.needed(counts.copies_needed_step) if counts.copies_needed_step else []
-        self._plan.upload(plan)
+        self._plan.upload(plan, upload)
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:

@@ -8,8 +8,8 @@ after the other and leave their results in buffers of their own.
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
-from torch import Tensor
 
+from slora.kernels.streams import RECORDING, recording_streams
 from slora.memory import MAX_GRAPH_ROWS
 
 MAX_ROWS = MAX_GRAPH_ROWS
@@ -28,11 +28,10 @@ def buckets(most: int = MAX_ROWS) -> list[int]:
 class Graphs:
     """Recorded launches by key. A key that is new runs eagerly, is recorded, and is replayed from then on."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream, _ = recording_streams(device)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._warm_up(device, dtype)
 
     def run(self, key: Hashable, body: Callable[[], object]) -> None:
         """`body` launches the same kernels with the same arguments whenever it is called for `key`."""
@@ -47,7 +46,7 @@ class Graphs:
         """Without running it; its kernels must have run before."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with RECORDING, torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 body()
@@ -57,13 +56,6 @@ class Graphs:
 
     def close(self) -> None:
         self._graphs.clear()
-
-    def _warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
-        """cuBLAS takes its workspace on the first call of a stream; it must not come from a graph's memory."""
-        with torch.cuda.stream(self._stream):
-            x: Tensor = torch.zeros(16, 16, dtype=dtype, device=device)
-            torch.mm(x, x)
-        self._stream.synchronize()
 
 
 def progress(keys: Iterable[Hashable], total: int, show: bool | None) -> Iterable[Hashable]:

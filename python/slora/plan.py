@@ -4,7 +4,7 @@ What each array means is stated in docs/architecture.md. The same buffer is fill
 views are cut to their length when they are first asked for: an array that a step does not use costs nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,11 +131,11 @@ class DevicePlan:
     def __getitem__(self, name: str) -> Tensor:
         return self._arrays[name]
 
-    def upload(self, plan: StepPlan) -> None:
-        """Copy what the plan uses of its pinned buffer, asynchronously on the current stream."""
+    def upload(self, plan: StepPlan, copy: Callable[[Tensor, Tensor], object]) -> None:
+        """Copy what the plan uses of its buffer; `copy` takes target and source."""
         self.counts = plan.counts
         for start, end in self._used(plan.counts):
-            self._buffer[start:end].copy_(plan.buffer[start:end], non_blocking=True)
+            copy(self._buffer[start:end], plan.buffer[start:end])
 
     def clear(self) -> None:
         """An empty plan: kernels that run on it write nothing to the pool."""

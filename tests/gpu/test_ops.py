@@ -57,7 +57,7 @@ def plan_only(world: World) -> World:
 
     def run(plan: StepPlan) -> StepOutput:
         if world.pool.device.type == "cuda":
-            world.runner._plan.upload(plan)
+            world.runner._plan.upload(plan, torch.Tensor.copy_)
             torch.cuda.synchronize()
         zeros = np.zeros(plan.counts.num_prompt_logprobs, np.float32)
         return StepOutput(np.zeros(plan.counts.num_sampled, np.int32), prompt_logprobs=zeros)

@@ -32,13 +32,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, batch: Step, layer: int, group: int
 ) -> tuple[Tensor, Tensor | None]:
-    """x [rows, in] -> (linear, delta), both [rows, out]. In a recorded graph the delta is a branch beside the GEMM."""
+    """x [rows, in] -> (linear, delta), both [rows, out]. In a recorded graph the GEMM is a branch beside the delta."""
     if not batch.has_branches:
         return linear(x, weight, bias), lora(x, batch, layer, group)
     main, side = torch.cuda.current_stream(), batch.side_stream
     side.wait_stream(main)
-    delta = batch.lora(x, layer, group, side.cuda_stream)
-    out = linear(x, weight, bias)
+    delta = batch.lora(x, layer, group)  # begins to read weights before x is there
+    with torch.cuda.stream(side):
+        out = linear(x, weight, bias)
     main.wait_stream(side)
     return out, delta
 

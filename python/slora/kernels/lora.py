@@ -91,7 +91,7 @@ class Lora:
             torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
             torch.empty(max_rows * stride, dtype=torch.float32, device=device),
             torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
-            torch.zeros(num_lists * _MAX_BLOCKS * 4, dtype=torch.int32, device=device),
+            torch.zeros(num_lists * _MAX_BLOCKS * (4 + _SEGMENT_WORDS), dtype=torch.int32, device=device),
         )
         self._tables = (pool.pages, modules, adapter_pages)
         self._pool = _Pool(
@@ -176,7 +176,9 @@ class Lora:
             return shrink, expand, None
         both = (*args, self._buffers[0])
         grid = self.num_clusters * _CLUSTER
-        cluster = self._cluster.bind(grid, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=_CLUSTER, programmatic=index > 0)
+        cluster = self._cluster.bind(
+            grid, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=_CLUSTER, programmatic=index > 0
+        )
         return shrink, expand, cluster
 
 

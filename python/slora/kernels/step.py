@@ -9,6 +9,7 @@ from slora.kernels.descriptors import DeviceTables
 from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
 from slora.kernels.page_copy import Arrivals
+from slora.kernels.streams import recording_streams
 from slora.memory import PagePool
 from slora.plan import Counts, DevicePlan
 
@@ -37,7 +38,7 @@ class Step:
         self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         """The ids that the last sampling step sampled; plans refer to them."""
         self._lora: Lora | None = None
-        self.side_stream = torch.cuda.Stream(device)
+        _, self.side_stream = recording_streams(device)
         """For what may run beside the main stream's kernels, between two points of a layer."""
         self.arrivals: Arrivals = []
         """Swap-ins that the layers must still wait for; a replayed graph has none, all were waited for before it."""
