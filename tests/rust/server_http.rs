@@ -12,7 +12,7 @@ use slora_core::EngineConfig;
 use slora_server::{Level, routes};
 
 use server_world::{
-    MAX_CONTEXT, Response, SCRIPT, World, adapter_root, completion, example, num_shown, read_head, text_of, with,
+    MAX_CONTEXT, Response, SCRIPT, World, adapter_root, completion, num_shown, read_head, text_of, with,
 };
 
 #[test]
@@ -412,48 +412,6 @@ fn text_and_tokens_convert_both_ways() {
 }
 
 #[test]
-fn metrics_can_be_parsed_and_name_what_dashboards_read() {
-    let world = World::configured(json!({"adapters": [{"name": "reverse", "path": example("adapters/reverse")}]}));
-    world.post("/v1/completions", &with(completion(4), json!({"model": "reverse"})));
-    let body = world.get("/metrics").body;
-    let mut families = std::collections::BTreeMap::new();
-    for line in body.lines() {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').unwrap();
-            assert!(families.insert(name, kind).is_none(), "{name} is there twice");
-        } else if !line.starts_with('#') {
-            let (series, value) = line.rsplit_once(' ').unwrap();
-            value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
-            let name = series.split('{').next().unwrap();
-            let ends = ["_bucket", "_sum", "_count"];
-            let family = ends.iter().find_map(|end| name.strip_suffix(end).filter(|name| families.contains_key(name)));
-            assert!(families.contains_key(family.unwrap_or(name)), "{line} belongs to no family");
-        }
-    }
-    let wanted = [
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-        "vllm:prompt_tokens_total",
-        "vllm:generation_tokens_total",
-        "vllm:request_success_total",
-        "vllm:time_to_first_token_seconds",
-        "vllm:inter_token_latency_seconds",
-        "vllm:e2e_request_latency_seconds",
-        "vllm:lora_requests_info",
-        "vllm:cache_config_info",
-        "slora:pool_pages",
-        "slora:adapters",
-        "slora:swap_ins_total",
-        "http_requests_total",
-    ];
-    for name in wanted {
-        assert!(families.contains_key(name), "{name}");
-    }
-    assert!(body.contains("slora:adapter_generation_tokens_total{adapter=\"reverse\"} 4\n"), "{body}");
-}
-
-#[test]
 fn unknown_fields_are_ignored_unless_the_server_is_strict() {
     let odd = with(completion(1), json!({"odd_field": 1}));
     assert_eq!(World::new().post("/v1/completions", &odd).status, 200);
@@ -471,21 +429,6 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     let response = world.post("/v1/completions", &body);
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
     assert_eq!(num_shown(&response.events()), 2);
-}
-
-#[test]
-fn the_metrics_port_needs_no_key_and_answers_nothing_else() {
-    let config = json!({"metrics_port": 0, "api_keys": ["user"], "admin_keys": ["admin"]});
-    let world = World::configured(config);
-    let address = world.server.metrics_address().unwrap();
-    let get = |path: &str| {
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: any\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).unwrap();
-        Response::read(stream).status
-    };
-    assert_eq!([get("/metrics"), get("/health/ready"), get("/v1/models"), get("/v1/adapters")], [200, 200, 404, 404]);
-    assert_eq!(world.get("/metrics").error(), (401, "invalid_api_key".into()));
 }
 
 #[test]

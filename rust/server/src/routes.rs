@@ -8,7 +8,7 @@ use axum::routing::MethodFilter;
 use crate::auth::Level;
 use crate::router::{Answer, Call};
 use crate::schema::Body;
-use crate::{adapters, chat, completions, health, models, openapi, sampling, tokenize};
+use crate::{adapters, chat, completions, exposition, health, models, openapi, sampling, tokenize};
 
 pub(crate) type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Answer> + Send>>;
 
@@ -122,7 +122,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route!(Get "/ping", Open, health::live, "Alive.", &[], Empty, [503]),
     route!(Get "/version", User, health::version, "The version.", &[], Json("Version"), []),
     route!(Get "/load", User, health::load, "What is unfinished.", &[], Json("Load"), []),
-    route!(Get "/metrics", User, health::metrics, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), []),
+    route!(Get "/metrics", User, exposition::expose, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), []),
     route!(Get "/openapi.json", User, openapi::document, "This document.", &[], Json("Document"), []),
 ];
 
