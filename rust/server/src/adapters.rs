@@ -164,6 +164,17 @@ fn register(
     Ok(registered)
 }
 
+/// As answers and metrics call it.
+pub(crate) fn state_name(state: AdapterState) -> &'static str {
+    match state {
+        AdapterState::Registered => "registered",
+        AdapterState::Loading => "loading",
+        AdapterState::Host => "host",
+        AdapterState::Resident => "resident",
+        AdapterState::Failed => "failed",
+    }
+}
+
 fn hex(bytes: &[u8; 32]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -171,15 +182,14 @@ fn hex(bytes: &[u8; 32]) -> String {
 fn resource(details: &AdapterDetails) -> Value {
     let info = &details.info;
     let report = details.checkpoint.as_ref().map(|adapter| adapter.report());
-    let (state, tier) = match info.state {
-        AdapterState::Registered => ("registered", "disk"),
-        AdapterState::Loading => ("loading", "disk"),
-        AdapterState::Host => ("host", "host"),
-        AdapterState::Resident => ("resident", "device"),
-        AdapterState::Failed => ("failed", "none"),
+    let tier = match info.state {
+        AdapterState::Registered | AdapterState::Loading => "disk",
+        AdapterState::Host => "host",
+        AdapterState::Resident => "device",
+        AdapterState::Failed => "none",
     };
     json!({
-        "object": "adapter", "name": &*info.name, "version": info.version, "state": state, "tier": tier,
+        "object": "adapter", "name": &*info.name, "version": info.version, "state": state_name(info.state), "tier": tier,
         "reason": info.failure.as_ref().map(|failure| failure.code),
         "message": info.failure.as_ref().map(|failure| &*failure.message), "pinned": info.pinned, "replacing": info.replacing,
         "pins": info.pins, "in_flight": info.unfinished, "num_pages": info.num_pages, "bytes": info.bytes,

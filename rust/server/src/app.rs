@@ -18,6 +18,7 @@ use crate::fields::{Fields, shown};
 use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
 use crate::schema;
+use crate::status::Recent;
 use crate::text_pool::TextPool;
 
 /// Names of unknown fields that are logged, each once.
@@ -41,6 +42,7 @@ pub(crate) struct App {
     /// Folders beneath which paths over HTTP must lie, links resolved.
     pub roots: Vec<PathBuf>,
     pub started_unix_s: u64,
+    pub recent_adapters: Recent,
     is_draining: AtomicBool,
     calls: Arc<Semaphore>,
     logged_fields: Mutex<HashSet<String>>,
@@ -71,6 +73,7 @@ impl App {
             base_names: config.base_names(),
             roots,
             started_unix_s: unix_time_s() as u64,
+            recent_adapters: Recent::default(),
             is_draining: AtomicBool::new(false),
             calls: Arc::new(Semaphore::new(MAX_CALLS)),
             logged_fields: Mutex::default(),

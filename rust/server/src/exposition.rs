@@ -8,6 +8,7 @@ use std::time::Duration;
 use slora_core::{AdapterState, Stats};
 use slora_runtime::{AdapterDetails, Distribution, Timings};
 
+use crate::adapters::state_name;
 use crate::app::App;
 use crate::histogram::{header, label, write_histogram};
 use crate::log::unix_time_s;
@@ -100,23 +101,13 @@ fn write_adapters(out: &mut String, prefix: &str, adapters: &[AdapterDetails], m
     );
     write_busiest(out, adapters);
     header(out, "slora:adapters", "gauge", "Adapter names by where their weights are.");
-    let states = [
-        ("registered", AdapterState::Registered),
-        ("loading", AdapterState::Loading),
-        ("host", AdapterState::Host),
-        ("resident", AdapterState::Resident),
-        ("failed", AdapterState::Failed),
-    ];
-    for (label, state) in states {
+    use AdapterState::{Failed, Host, Loading, Registered, Resident};
+    for state in [Registered, Loading, Host, Resident, Failed] {
         let count = adapters.iter().filter(|adapter| adapter.info.state == state).count();
-        let _ = writeln!(out, "slora:adapters{{state=\"{label}\"}} {count}");
+        let _ = writeln!(out, "slora:adapters{{state=\"{}\"}} {count}", state_name(state));
     }
     header(out, "slora:adapter_bytes", "gauge", "Bytes of adapters by the nearest tier that has them.");
-    for (tier, is_in) in [
-        ("device", &[AdapterState::Resident][..]),
-        ("host", &[AdapterState::Host]),
-        ("disk", &[AdapterState::Registered, AdapterState::Loading]),
-    ] {
+    for (tier, is_in) in [("device", &[Resident][..]), ("host", &[Host]), ("disk", &[Registered, Loading])] {
         let held = adapters.iter().filter(|adapter| is_in.contains(&adapter.info.state));
         let bytes: u64 = held.map(|adapter| adapter.info.bytes).sum();
         let _ = writeln!(out, "slora:adapter_bytes{{tier=\"{tier}\"}} {bytes}");

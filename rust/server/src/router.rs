@@ -24,6 +24,9 @@ use crate::routes::{ROUTES, Route};
 /// Longest request id of a client's that is taken over.
 const MAX_ID_LEN: usize = 128;
 
+/// All that the second port answers, without a key.
+const METRICS_PORT_ROUTES: [&str; 5] = ["/metrics", "/health", "/health/ready", "/ready", "/ping"];
+
 /// What a route sends back.
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
 /// Where a request came in.
@@ -156,7 +159,7 @@ fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError
     if !peer.is_metrics_port {
         return app.auth.admit(route.level, headers, peer.address);
     }
-    if route.level == Level::Open || route.path == "/metrics" {
+    if METRICS_PORT_ROUTES.contains(&route.path) {
         return app.auth.admit(Level::Open, headers, peer.address);
     }
     Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "this port answers /metrics and the health routes only"))

@@ -8,7 +8,7 @@ use axum::routing::MethodFilter;
 use crate::auth::Level;
 use crate::router::{Answer, Call};
 use crate::schema::Body;
-use crate::{adapters, chat, completions, exposition, health, models, openapi, sampling, tokenize};
+use crate::{adapters, chat, completions, exposition, health, models, openapi, page, sampling, status, tokenize};
 
 pub(crate) type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Answer> + Send>>;
 
@@ -116,6 +116,10 @@ pub(crate) static ROUTES: &[Route] = &[
     route!(Get "/v1/adapters/{name}", Admin, adapters::get, "One adapter.", &[], Json("Adapter"), [404, 503]),
     route!(Put "/v1/adapters/{name}", Admin, adapters::put, "Register, replace, pin or unpin.", PUT, Json("Adapter"), [404]),
     route!(Delete "/v1/adapters/{name}", Admin, adapters::delete, "Unload an adapter.", &[], NoContent, [404, 503]),
+    route!(Get "/", Open, page::html, "The page.", &[], Text(page::HTML), []),
+    route!(Get "/page.css", Open, page::css, "Its style.", &[], Text(page::CSS), []),
+    route!(Get "/page.js", Open, page::script, "Its script.", &[], Text(page::SCRIPT), []),
+    route!(Get "/status", User, status::status, "What the page shows.", &[], Json("Status"), [503]),
     route!(Get "/health", Open, health::live, "Alive.", &[], Empty, [503]),
     route!(Get "/health/ready", Open, health::ready, "Takes requests.", &[], Json("Ready"), [503]),
     route!(Get "/ready", Open, health::ready, "Takes requests.", &[], Json("Ready"), [503]),
