@@ -227,7 +227,7 @@ fn every_route_lets_in_whom_its_level_says() {
         assert_eq!(statuses, expected, "{route:?}");
         num_checked += 1;
     }
-    assert_eq!(num_checked, 22);
+    assert_eq!(num_checked, 26);
 }
 
 #[test]
@@ -379,6 +379,20 @@ fn a_step_that_takes_too_long_ends_the_engine() {
     assert_eq!(response.error(), (503, "service_unavailable".into()));
     assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
     assert!(asked.elapsed() < Duration::from_millis(2500), "{:?}", asked.elapsed());
+}
+
+#[test]
+fn a_step_thread_that_hangs_before_anything_runs_is_noticed_too() {
+    let world = World::configured(json!({"step_timeout_s": 0.3}));
+    let runtime = world.runtime.clone();
+    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(3))));
+    std::thread::sleep(Duration::from_millis(100));
+    let asked = Instant::now();
+    let response = world.post("/v1/completions", &completion(1));
+    assert_eq!(response.error(), (503, "service_unavailable".into()));
+    assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
+    assert!(asked.elapsed() < Duration::from_millis(2500), "{:?}", asked.elapsed());
+    let _ = hanging.join();
 }
 
 #[test]

@@ -76,6 +76,10 @@ impl Inbox {
         Ok(())
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.lock().commands.is_empty()
+    }
+
     /// Moves up to [`MAX_DRAINED`] commands into `into`.
     pub fn drain(&self, into: &mut Vec<Command>) {
         let mut queue = self.lock();

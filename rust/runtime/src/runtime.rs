@@ -333,6 +333,11 @@ impl Runtime {
         self.shared.inbox.is_open()
     }
 
+    /// Whether something waits for the step thread to take it, which it does between any two steps.
+    pub fn has_commands(&self) -> bool {
+        !self.shared.inbox.is_empty()
+    }
+
     /// Ends every request with an error, because a step failed. Nothing is taken afterwards.
     pub fn fail(&self, reason: &str) {
         self.stop(State::Failed(reason.into()));
