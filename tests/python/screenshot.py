@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of traffic before the picture is taken")
     parser.add_argument("--scheme", default="light", choices=["light", "dark"])
     parser.add_argument("--width", type=int, default=1200)
-    parser.add_argument("--height", type=int, default=880)
+    parser.add_argument("--height", type=int, default=900)
     options = parser.parse_args()
     arguments = ["serve", str(EXAMPLE / "base"), "--adapter-dir", str(EXAMPLE / "adapters"), "--port", "0"]
-    sizes = ["--pool-bytes", str(14 << 20), "--max-running", "12", "--device", "cpu"]
+    sizes = ["--pool-bytes", str(9 << 20), "--max-running", "12", "--device", "cpu"]
     command = [sys.executable, "-m", "slora", *arguments, *sizes]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -7,13 +7,9 @@ use std::io::{BufReader, Read, Write};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use slora_core::EngineConfig;
-use slora_server::{Level, routes};
 
-use server_world::{
-    MAX_CONTEXT, Response, SCRIPT, World, adapter_root, completion, num_shown, read_head, text_of, with,
-};
+use server_world::{MAX_CONTEXT, Response, SCRIPT, World, completion, num_shown, read_head, text_of, with};
 
 #[test]
 fn a_completion_is_whole() {
@@ -199,95 +195,6 @@ fn a_prompt_that_is_too_long_is_told_so_in_the_words_that_tools_look_for() {
 }
 
 #[test]
-fn every_route_lets_in_whom_its_level_says() {
-    let (_folder, config) = adapter_root();
-    let world = World::configured(config);
-    let mut num_checked = 0;
-    for route in routes() {
-        let path = route.path.replace("{*id}", "base").replace("{name}", "nobody");
-        let body = matches!(route.method, "POST" | "PUT").then(|| json!({}));
-        let statuses = ["", "wrong", "user", "admin"].map(|key| {
-            let response = match key {
-                "" => world.send(route.method, &path, &[], body.as_ref().map(Value::to_string).as_deref()),
-                key => world.ask(key, route.method, &path, body.as_ref()),
-            };
-            match response.status {
-                status @ (401 | 403) => {
-                    response.error();
-                    status
-                }
-                _ => 200,
-            }
-        });
-        let expected = match route.level {
-            Level::Open => [200, 200, 200, 200],
-            Level::User => [401, 401, 200, 200],
-            Level::Admin => [401, 401, 403, 200],
-        };
-        assert_eq!(statuses, expected, "{route:?}");
-        num_checked += 1;
-    }
-    assert_eq!(num_checked, 26);
-}
-
-#[test]
-fn without_keys_inference_works_here_and_management_nowhere() {
-    let world = World::new();
-    for route in routes().filter(|route| route.level == Level::Admin) {
-        let path = route.path.replace("{name}", "nobody");
-        let body = matches!(route.method, "POST" | "PUT").then_some("{}");
-        let response = world.send(route.method, &path, &[], body);
-        assert_eq!(response.error(), (403, "permission_denied".into()), "{route:?}");
-    }
-    assert_eq!(world.post("/v1/completions", &completion(1)).status, 200);
-    let rebound = "GET /v1/models HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n";
-    assert_eq!(Response::read(world.raw(rebound)).error(), (401, "invalid_api_key".into()));
-}
-
-#[test]
-fn a_key_sees_and_uses_only_its_adapters() {
-    let (folder, mut config) = adapter_root();
-    let keys = folder.path().join("keys.json");
-    let entry = |key: &str, tenant: &str, adapters: &str, more: Value| {
-        let hash: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
-        with(json!({"sha256": hash, "tenant": tenant, "adapters": [adapters]}), more)
-    };
-    let entries = [entry("a", "a", "rev*", json!({})), entry("b", "b", "*", json!({"requests_per_minute": 1}))];
-    std::fs::write(&keys, json!({"keys": entries}).to_string()).unwrap();
-    config["api_keys_file"] = json!(keys);
-    config["adapters"] = json!([
-        {"name": "reverse", "path": folder.path().join("reverse")}, {"name": "upper", "path": folder.path().join("upper")},
-    ]);
-    let world = World::configured(config);
-    let ids = |key: &str| {
-        let models = world.ask(key, "GET", "/v1/models", None).json();
-        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
-    };
-    assert_eq!(ids("a"), ["reverse"]);
-    assert_eq!(ids("user"), ["base", "reverse", "upper"]);
-    let status = |key: &str, model: &str| {
-        let body = with(completion(1), json!({"model": model}));
-        world.ask(key, "POST", "/v1/completions", Some(&body)).status
-    };
-    assert_eq!([status("a", "reverse"), status("a", "base:reverse"), status("a", "upper")], [200, 200, 404]);
-    assert_eq!(status("a", "base"), 404);
-    assert_eq!(world.ask("a", "GET", "/v1/models/upper", None).error(), (404, "model_not_found".into()));
-    let model = world.ask("a", "GET", "/v1/models/reverse", None).json();
-    assert_eq!((model["parent"].as_str(), model["max_model_len"].as_u64()), (Some("base"), Some(256)));
-    assert_eq!(status("b", "base"), 200);
-    let body = completion(1);
-    let limited = world.ask("b", "POST", "/v1/completions", Some(&body));
-    assert_eq!(limited.error(), (429, "rate_limit_exceeded".into()));
-    assert!((1..=60).contains(&limited.header("retry-after").unwrap().parse::<u32>().unwrap()));
-    std::fs::write(&keys, json!({"keys": []}).to_string()).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while status("a", "reverse") != 401 {
-        assert!(Instant::now() < deadline, "the changed file of keys was not read");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-#[test]
 fn a_client_that_leaves_frees_its_request_streaming_or_not_running_or_waiting() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
     let world = World::with(json!({}), engine, Duration::from_millis(5));
@@ -443,27 +350,6 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     let response = world.post("/v1/completions", &body);
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
     assert_eq!(num_shown(&response.events()), 2);
-}
-
-#[test]
-fn pages_of_other_origins_are_let_in_only_if_allowed() {
-    let world = World::configured(json!({"allowed_origins": ["https://good.example"]}));
-    let preflight = |origin: &str| {
-        let headers = [("origin", origin), ("access-control-request-method", "POST")];
-        let response = world.send("OPTIONS", "/v1/completions", &headers, None);
-        (response.status, response.header("access-control-allow-origin").map(str::to_owned))
-    };
-    assert_eq!(preflight("https://good.example"), (204, Some("https://good.example".into())));
-    assert_eq!(preflight("https://bad.example"), (405, None));
-    let body = completion(1).to_string();
-    let asked = world.send("POST", "/v1/completions", &[("origin", "https://good.example")], Some(&body));
-    assert_eq!(asked.header("access-control-allow-origin"), Some("https://good.example"));
-    let untyped = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\norigin: https://bad.example\r\nconnection: close\r\n\
-         content-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    assert_eq!(Response::read(world.raw(&untyped)).error(), (415, "unsupported_media_type".into()));
 }
 
 #[test]

@@ -4,7 +4,6 @@
 mod server_world;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -177,21 +176,6 @@ fn a_requests_time_is_split_into_queue_prefill_and_decode() {
     assert!((sum("inference_time") - parts).abs() < 1e-4);
     let whole = found.value("vllm:e2e_request_latency_seconds_sum", None);
     assert!((sum("queue_time") + parts) <= whole + 0.01, "{whole}");
-}
-
-#[test]
-fn the_metrics_port_needs_no_key_and_answers_nothing_else() {
-    let config = json!({"metrics_port": 0, "api_keys": ["user"], "admin_keys": ["admin"]});
-    let world = World::configured(config);
-    let address = world.server.metrics_address().unwrap();
-    let get = |path: &str| {
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: any\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).unwrap();
-        Response::read(stream).status
-    };
-    assert_eq!([get("/metrics"), get("/health/ready"), get("/v1/models"), get("/v1/adapters")], [200, 200, 404, 404]);
-    assert_eq!(world.get("/metrics").error(), (401, "invalid_api_key".into()));
 }
 
 #[test]

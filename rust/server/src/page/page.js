@@ -115,10 +115,10 @@ function drawPlot(now) {
   at("plot").setAttribute("aria-label", `Now ${number.format(rates.at(-1).rate)} tokens per second`);
 }
 
-/** 1, 2 or 5 times a power of ten that is not less. */
+/** A short number that is not less. */
 function niceLimit(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find((factor) => factor * power >= value) * power;
+  return [1, 1.5, 2, 3, 5, 7.5, 10].find((factor) => factor * power >= value) * power;
 }
 
 function showPool(pool) {
