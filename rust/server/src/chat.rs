@@ -45,7 +45,8 @@ pub(crate) fn messages(bounds: &Bounds) -> Value {
     let message = json!({
         "type": "object", "required": ["role", "content"],
         "properties": {
-            "role": any_of(&[json!({"enum": ["system", "user", "assistant"]}), json!({"type": "string", "minLength": 1})]), "content": any_of(&[text, parts]),
+            // A model's template may know further ones, and refuses those that it does not know.
+            "role": {"enum": ["system", "user", "assistant"]}, "content": any_of(&[text, parts]),
             "tool_calls": {"type": ["array", "null"], "maxItems": 0},
         },
     });

@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 use slora_text::TextModel;
 
 use crate::errors::ApiError;
-use crate::fields::{Fields, type_error};
+use crate::fields::{Fields, parse, type_error};
 use crate::inference::{Inference, admit, check_text_len, run};
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -113,10 +113,10 @@ fn parse_prompt(raw: &RawValue) -> Result<Vec<Given>, serde_json::Error> {
     let inner = text.trim_start_matches(['[', ' ', '\t', '\n', '\r']).chars().next();
     let brackets = text.chars().take_while(|c| !matches!(c, '0'..='9' | '"' | ']')).filter(|c| *c == '[').count();
     match (brackets, inner) {
-        (0, _) => Ok(vec![Given::Text(serde_json::from_str(text)?)]),
-        (1, Some('"')) => Ok(serde_json::from_str::<Vec<String>>(text)?.into_iter().map(Given::Text).collect()),
-        (1, _) => Ok(vec![Given::Ids(serde_json::from_str(text)?)]),
-        _ => Ok(serde_json::from_str::<Vec<Vec<u32>>>(text)?.into_iter().map(Given::Ids).collect()),
+        (0, _) => Ok(vec![Given::Text(parse(raw)?)]),
+        (1, Some('"')) => Ok(parse::<Vec<String>>(raw)?.into_iter().map(Given::Text).collect()),
+        (1, _) => Ok(vec![Given::Ids(parse(raw)?)]),
+        _ => Ok(parse::<Vec<Vec<u32>>>(raw)?.into_iter().map(Given::Ids).collect()),
     }
 }
 

@@ -2,10 +2,14 @@
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::errors::ApiError;
 use crate::schema::{self, Role};
+
+/// 2⁵³: above it floats skip integers.
+const MAX_WHOLE_FLOAT: f64 = 9_007_199_254_740_992.0;
 
 /// Fields of one object at most.
 const MAX_FIELDS: usize = 256;
@@ -69,7 +73,7 @@ impl<'a> Fields<'a> {
     /// A field's value; `None`: absent or null.
     pub fn take<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, ApiError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
-        serde_json::from_str(raw.get()).map(Some).map_err(|error| type_error(name, &error))
+        parse(raw).map(Some).map_err(|error| type_error(name, &error))
     }
 
     /// A field that must be there.
@@ -86,9 +90,37 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// A field's value. Numbers like `5.0` are whole ones, as in JSON Schema, where whole ones are wanted.
+pub(crate) fn parse<T: DeserializeOwned>(raw: &RawValue) -> Result<T, serde_json::Error> {
+    serde_json::from_str(raw.get()).or_else(|error| {
+        if !error.is_data() {
+            return Err(error);
+        }
+        let mut value: Value = serde_json::from_str(raw.get())?;
+        if !make_whole(&mut value) {
+            return Err(error);
+        }
+        serde_json::from_value(value).map_err(|_| error)
+    })
+}
+
+/// Integers in the place of floats that are whole, as far as floats tell them apart. Whether there was one.
+fn make_whole(value: &mut Value) -> bool {
+    match value {
+        Value::Number(number) => {
+            let is_whole = |float: &f64| float.fract() == 0.0 && float.abs() <= MAX_WHOLE_FLOAT;
+            let whole = number.as_f64().filter(|float| number.is_f64() && is_whole(float));
+            whole.map(|float| *value = (float as i64).into()).is_some()
+        }
+        Value::Array(values) => values.iter_mut().fold(false, |found, value| make_whole(value) | found),
+        Value::Object(map) => map.values_mut().fold(false, |found, value| make_whole(value) | found),
+        _ => false,
+    }
+}
+
 /// Whether a value is null, or one of `idle`, as JSON.
 fn says_nothing(value: &RawValue, idle: &[&str]) -> bool {
-    let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
+    let parse = |text: &str| serde_json::from_str::<Value>(text).ok();
     let is = |idle: &&str| value.get() == *idle || (value.get().len() < 256 && parse(value.get()) == parse(idle));
     value.get() == "null" || idle.iter().any(is)
 }
@@ -175,6 +207,15 @@ mod tests {
         assert_eq!((error.status.as_u16(), error.param.as_deref(), error.code), (400, Some("n"), "invalid_type"));
         assert_eq!(fields.take::<f32>("top_p").unwrap(), Some(0.5));
         assert_eq!(fields.take::<f32>("empty").unwrap(), None);
+    }
+
+    #[test]
+    fn a_whole_number_may_be_written_with_a_point() {
+        let taken = |json: &str| Fields::parse(json.as_bytes(), 64, BODY).unwrap().take::<Vec<u32>>("n").ok().flatten();
+        assert_eq!(taken(r#"{"n": [1.0, 2, 3e2]}"#), Some(vec![1, 2, 300]));
+        for wrong in ["[1.5]", "[-1.0]", "[1e30]", "[\"1.0\"]", "1.0"] {
+            assert_eq!(taken(&format!("{{\"n\": {wrong}}}")), None, "{wrong}");
+        }
     }
 
     #[test]
