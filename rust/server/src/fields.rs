@@ -8,6 +8,8 @@ use serde_json::value::RawValue;
 use crate::errors::ApiError;
 use crate::schema::{self, Role};
 
+/// Longer values are looked at once: as a tree they would take many times their length.
+const MAX_LENIENT_BYTES: usize = 64 << 10;
 /// 2⁵³: above it floats skip integers.
 const MAX_WHOLE_FLOAT: f64 = 9_007_199_254_740_992.0;
 
@@ -93,7 +95,7 @@ impl<'a> Fields<'a> {
 /// A field's value. Numbers like `5.0` are whole ones, as in JSON Schema, where whole ones are wanted.
 pub(crate) fn parse<T: DeserializeOwned>(raw: &RawValue) -> Result<T, serde_json::Error> {
     serde_json::from_str(raw.get()).or_else(|error| {
-        if !error.is_data() {
+        if !error.is_data() || raw.get().len() > MAX_LENIENT_BYTES {
             return Err(error);
         }
         let mut value: Value = serde_json::from_str(raw.get())?;
@@ -213,6 +215,8 @@ mod tests {
     fn a_whole_number_may_be_written_with_a_point() {
         let taken = |json: &str| Fields::parse(json.as_bytes(), 64, BODY).unwrap().take::<Vec<u32>>("n").ok().flatten();
         assert_eq!(taken(r#"{"n": [1.0, 2, 3e2]}"#), Some(vec![1, 2, 300]));
+        let long = format!("{{\"n\": [{}1.0]}}", "1, ".repeat(MAX_LENIENT_BYTES / 3));
+        assert_eq!(taken(&long), None);
         for wrong in ["[1.5]", "[-1.0]", "[1e30]", "[\"1.0\"]", "1.0"] {
             assert_eq!(taken(&format!("{{\"n\": {wrong}}}")), None, "{wrong}");
         }
