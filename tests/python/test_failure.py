@@ -1,7 +1,9 @@
 """A step that fails or hangs, in a real process: everybody is told, and the process ends."""
 
+import contextlib
 import http.client
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import ctypes, sys, time
 from slora.engine import StepLoop
 from slora.options import Options
 from slora.runner import Runner
-from slora.serve import serve
+from slora import serve as served
 
 run, num_steps = Runner.run, 0
 
@@ -46,7 +48,8 @@ def patched_commit(self):
 commit, StepLoop._commit = StepLoop._commit, patched_commit
 Runner.run = patched_run
 config = {"port": 0, "model": sys.argv[1], "step_timeout_s": float(sys.argv[3])}
-sys.exit(serve(sys.argv[1], Options(device="cpu"), config, 5))
+served.CLOSE_TIMEOUT_S = 2
+sys.exit(served.serve(sys.argv[1], Options(device="cpu"), config, 0.5))
 """
 REASONS = {
     "raises": "MemoryError: no bytes left",
@@ -57,17 +60,19 @@ REASONS = {
 """What goes wrong, and what clients are told."""
 
 
-@pytest.fixture(params=REASONS)
-def failing(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """The process, how it fails in its 20th step, and its port."""
-    command = [sys.executable, "-c", SERVE, str(BASE), request.param, str(STEP_TIMEOUT_S)]
+@contextlib.contextmanager
+def served(how: str, step_timeout_s: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that fails so in its 20th step, and its port."""
+    command = [sys.executable, "-c", SERVE, str(BASE), how, str(step_timeout_s)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    address = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
-    threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
-    yield process, request.param, int(address.rsplit(":", 1)[1])
-    process.kill()
-    process.wait()
+    try:
+        address = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
+        threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
+        yield process, int(address.rsplit(":", 1)[1])
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _drain(lines: IO[str]) -> None:
@@ -82,21 +87,36 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[float, Any]]:
             yield time.monotonic(), json.loads(line.removeprefix(b"data: "))
 
 
-def test_clients_are_told_and_the_process_ends(failing: tuple[subprocess.Popen[str], str, int]) -> None:
-    process, how, port = failing
+def _ask(port: int) -> http.client.HTTPResponse:
+    """A stream of many tokens."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     body = {"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "stream": True}
     client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    *tokens, (told_at, last) = _events(client.getresponse())
-    assert len(tokens) >= 10, "it began well"
-    assert all("error" not in event for _, event in tokens)
-    assert (last["error"]["code"], REASONS[how] in last["error"]["message"]) == ("service_unavailable", True), last
-    limit = STEP_TIMEOUT_S if "hangs" in how else 0
-    assert told_at - tokens[-1][0] < limit + 2
-    assert _readiness(port) in (503, None)
-    assert process.wait(10) != 0
-    assert process.stderr is not None
-    assert REASONS[how] in process.stderr.read()
+    return client.getresponse()
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_clients_are_told_and_the_process_ends(how: str) -> None:
+    with served(how, STEP_TIMEOUT_S) as (process, port):
+        *tokens, (told_at, last) = _events(_ask(port))
+        assert len(tokens) >= 10, "it began well"
+        assert all("error" not in event for _, event in tokens)
+        assert (last["error"]["code"], REASONS[how] in last["error"]["message"]) == ("service_unavailable", True), last
+        limit = STEP_TIMEOUT_S if "hangs" in how else 0
+        assert told_at - tokens[-1][0] < limit + 2
+        assert _readiness(port) in (503, None)
+        assert process.wait(10) != 0
+        assert process.stderr is not None
+        assert REASONS[how] in process.stderr.read()
+
+
+def test_a_signal_ends_a_process_whose_step_hangs() -> None:
+    with served("hangs", 0) as (process, port):
+        answer = _ask(port)
+        for _ in range(10):
+            answer.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGALRM
 
 
 def _readiness(port: int) -> int | None:

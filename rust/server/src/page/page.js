@@ -48,18 +48,17 @@ async function refresh() {
   } catch {
     return showState("unready", "the server does not answer");
   }
-  if (answer.status === 401) return askForKey();
   if (!answer.ok) {
     const { error } = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
-    return showState("unready", error.message);
+    return answer.status === 401 ? askForKey(error.message) : showState("unready", error.message);
   }
   show(await answer.json());
 }
 
-function askForKey() {
+function askForKey(problem) {
   const wasWrong = sessionStorage.getItem(KEY) !== null;
   sessionStorage.removeItem(KEY);
-  if (wasWrong) at("key-problem").textContent = "That key is not a valid one.";
+  if (wasWrong) at("key-problem").textContent = problem;
   showState("", "waiting for a key");
   at("board").hidden = true;
   if (at("gate").hidden) {
