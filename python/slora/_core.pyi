@@ -260,6 +260,9 @@ class Server:
 
     @property
     def address(self) -> str: ...
+    def exit_after_failure(self, grace_s: float) -> None:
+        """End the process, whatever hangs in it, if it is still there so long after the engine has failed."""
+
     def begin_drain(self) -> None:
         """Refuse new work; running requests may finish."""
 

@@ -205,6 +205,7 @@ def add_serve(commands: Parsers) -> None:
     parser.add_argument("--api-key", action="append", default=[], help="also SLORA_API_KEY; repeatable")
     parser.add_argument("--api-keys-file", type=Path, help="keys with tenants and limits (docs/http.md)")
     parser.add_argument("--admin-key", action="append", default=[], help="also SLORA_ADMIN_KEY; may manage adapters")
+    parser.add_argument("--generation-config", default="auto", metavar="auto|vllm|DIR", help="vllm: no model defaults")
     parser.add_argument("--drain-timeout", type=float, default=15.0, metavar="S")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--dtype", default="auto")
@@ -225,6 +226,7 @@ def run_serve(options: argparse.Namespace) -> int:
     if bad := next((spec for spec in options.adapter if "=" not in spec), None):
         raise ConfigError(f"--adapter {bad!r}: must be NAME=PATH")
     config = {
+        "generation_config": options.generation_config,
         "host": options.host,
         "port": options.port,
         "metrics_port": options.metrics_port,

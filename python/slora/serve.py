@@ -1,6 +1,7 @@
 """`slora serve`: an engine and its HTTP server until a signal comes."""
 
 import json
+import os
 import signal
 import sys
 from types import FrameType
@@ -11,6 +12,10 @@ from slora.engine import Engine
 from slora.options import Options
 
 POLL_S = 0.05
+EXIT_GRACE_S = 5.0
+"""After a failure, until the server ends the process itself: the failed step may hold the interpreter."""
+CLOSE_TIMEOUT_S = 30
+"""For a step that hangs when the engine is closed: the signal then ends the process."""
 
 
 def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s: float) -> int:
@@ -25,6 +30,7 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
     except BaseException:
         engine.close()
         raise
+    server.exit_after_failure(EXIT_GRACE_S)
     signals = _Signals()
     print(f"serving {model} on http://{server.address}", flush=True)
     while not signals.count and engine.core.failure is None:
@@ -35,10 +41,12 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
         server.begin_drain()
         server.wait(drain_timeout_s)
     server.stop()
-    engine.close()
     if failure is not None:
-        print(f"slora: the engine has failed: {failure}", file=sys.stderr)
-        return 1
+        print(f"slora: the engine has failed: {failure}", file=sys.stderr, flush=True)
+        # The step thread may hang, and whoever waits for it with it.
+        os._exit(1)
+    signal.alarm(CLOSE_TIMEOUT_S)
+    engine.close()
     return 0
 
 

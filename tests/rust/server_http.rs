@@ -4,56 +4,12 @@
 mod server_world;
 
 use std::io::{BufReader, Read, Write};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use slora_core::EngineConfig;
-use slora_server::{Level, routes};
 
-use server_world::{MAX_CONTEXT, Response, SCRIPT, World, example, read_head};
-
-/// A completion of the base model from one token, so that it says the script from its beginning.
-fn completion(max_tokens: u32) -> Value {
-    json!({"model": "base", "prompt": "x", "add_special_tokens": false, "max_tokens": max_tokens, "temperature": 0})
-}
-
-fn with(mut body: Value, fields: Value) -> Value {
-    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    body
-}
-
-fn text_of(events: &[Value], index: usize) -> String {
-    let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
-    choices.filter(|choice| choice["index"] == index).filter_map(|choice| choice["text"].as_str()).collect()
-}
-
-/// Events that bring text. The end of a choice may come with its last token's event or in one of its own.
-fn num_shown(events: &[Value]) -> usize {
-    let is_shown = |event: &&Value| {
-        let choice = &event["choices"][0];
-        let text = choice["text"].as_str().or(choice["delta"]["content"].as_str());
-        text.is_some_and(|text| !text.is_empty())
-    };
-    events.iter().filter(is_shown).count()
-}
-
-fn copy_adapter(from: &str, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(example("adapters").join(from).join(file), to.join(file)).unwrap();
-    }
-}
-
-/// A folder of adapters, and a configuration that lets an admin load them.
-fn adapter_root() -> (tempfile::TempDir, Value) {
-    let folder = tempfile::tempdir().unwrap();
-    copy_adapter("reverse", &folder.path().join("reverse"));
-    copy_adapter("upper", &folder.path().join("upper"));
-    let config = json!({"adapter_roots": [folder.path()], "admin_keys": ["admin"], "api_keys": ["user"]});
-    (folder, config)
-}
+use server_world::{MAX_CONTEXT, Response, SCRIPT, World, completion, num_shown, read_head, text_of, with};
 
 #[test]
 fn a_completion_is_whole() {
@@ -62,6 +18,7 @@ fn a_completion_is_whole() {
         world.send("POST", "/v1/completions", &[("x-request-id", "my-id.1")], Some(&completion(5).to_string()));
     assert_eq!((response.status, response.header("x-request-id")), (200, Some("my-id.1")));
     let answer = response.json();
+    assert_eq!(response.header("x-adapter"), None);
     assert_eq!(answer["object"], "text_completion");
     assert_eq!(answer["model"], "base");
     assert!(answer["id"].as_str().unwrap().starts_with("cmpl-"));
@@ -162,7 +119,6 @@ fn what_a_user_gets_wrong_is_a_4xx_with_a_code_and_the_field() {
         (json!({"model": "nobody"}), 404, "model_not_found", "model"),
         (json!({"model": "base:nobody"}), 404, "model_not_found", "model"),
         (json!({"model": "a/../b"}), 404, "model_not_found", "model"),
-        (json!({"model": null}), 400, "missing_required_parameter", "model"),
         (json!({"model": 3}), 400, "invalid_type", "model"),
         (json!({"prompt": []}), 400, "invalid_value", "prompt"),
         (json!({"prompt": [1, "x"]}), 400, "invalid_type", "prompt"),
@@ -236,238 +192,6 @@ fn a_prompt_that_is_too_long_is_told_so_in_the_words_that_tools_look_for() {
     let cut = with(completion(4), json!({"prompt": "xy".repeat(300), "truncate_prompt_tokens": -1}));
     let answer = world.post("/v1/completions", &cut).json();
     assert_eq!(answer["usage"]["total_tokens"], MAX_CONTEXT);
-}
-
-#[test]
-fn every_route_lets_in_whom_its_level_says() {
-    let (_folder, config) = adapter_root();
-    let world = World::configured(config);
-    let mut num_checked = 0;
-    for route in routes() {
-        let path = route.path.replace("{*id}", "base").replace("{name}", "nobody");
-        let body = matches!(route.method, "POST" | "PUT").then(|| json!({}));
-        let statuses = ["", "wrong", "user", "admin"].map(|key| {
-            let response = match key {
-                "" => world.send(route.method, &path, &[], body.as_ref().map(Value::to_string).as_deref()),
-                key => world.ask(key, route.method, &path, body.as_ref()),
-            };
-            match response.status {
-                status @ (401 | 403) => {
-                    response.error();
-                    status
-                }
-                _ => 200,
-            }
-        });
-        let expected = match route.level {
-            Level::Open => [200, 200, 200, 200],
-            Level::User => [401, 401, 200, 200],
-            Level::Admin => [401, 401, 403, 200],
-        };
-        assert_eq!(statuses, expected, "{route:?}");
-        num_checked += 1;
-    }
-    assert_eq!(num_checked, 20);
-}
-
-#[test]
-fn without_keys_inference_works_here_and_management_nowhere() {
-    let world = World::new();
-    for route in routes().filter(|route| route.level == Level::Admin) {
-        let path = route.path.replace("{name}", "nobody");
-        let body = matches!(route.method, "POST" | "PUT").then_some("{}");
-        let response = world.send(route.method, &path, &[], body);
-        assert_eq!(response.error(), (403, "permission_denied".into()), "{route:?}");
-    }
-    assert_eq!(world.post("/v1/completions", &completion(1)).status, 200);
-    let rebound = "GET /v1/models HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n";
-    assert_eq!(Response::read(world.raw(rebound)).error(), (401, "invalid_api_key".into()));
-}
-
-#[test]
-fn a_key_sees_and_uses_only_its_adapters() {
-    let (folder, mut config) = adapter_root();
-    let keys = folder.path().join("keys.json");
-    let entry = |key: &str, tenant: &str, adapters: &str, more: Value| {
-        let hash: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
-        with(json!({"sha256": hash, "tenant": tenant, "adapters": [adapters]}), more)
-    };
-    let entries = [entry("a", "a", "rev*", json!({})), entry("b", "b", "*", json!({"requests_per_minute": 1}))];
-    std::fs::write(&keys, json!({"keys": entries}).to_string()).unwrap();
-    config["api_keys_file"] = json!(keys);
-    config["adapters"] = json!([
-        {"name": "reverse", "path": folder.path().join("reverse")}, {"name": "upper", "path": folder.path().join("upper")},
-    ]);
-    let world = World::configured(config);
-    let ids = |key: &str| {
-        let models = world.ask(key, "GET", "/v1/models", None).json();
-        models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
-    };
-    assert_eq!(ids("a"), ["reverse"]);
-    assert_eq!(ids("user"), ["base", "reverse", "upper"]);
-    let status = |key: &str, model: &str| {
-        let body = with(completion(1), json!({"model": model}));
-        world.ask(key, "POST", "/v1/completions", Some(&body)).status
-    };
-    assert_eq!([status("a", "reverse"), status("a", "base:reverse"), status("a", "upper")], [200, 200, 404]);
-    assert_eq!(status("a", "base"), 404);
-    assert_eq!(world.ask("a", "GET", "/v1/models/upper", None).error(), (404, "model_not_found".into()));
-    let model = world.ask("a", "GET", "/v1/models/reverse", None).json();
-    assert_eq!((model["parent"].as_str(), model["max_model_len"].as_u64()), (Some("base"), Some(256)));
-    assert_eq!(status("b", "base"), 200);
-    let body = completion(1);
-    let limited = world.ask("b", "POST", "/v1/completions", Some(&body));
-    assert_eq!(limited.error(), (429, "rate_limit_exceeded".into()));
-    assert!((1..=60).contains(&limited.header("retry-after").unwrap().parse::<u32>().unwrap()));
-    std::fs::write(&keys, json!({"keys": []}).to_string()).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while status("a", "reverse") != 401 {
-        assert!(Instant::now() < deadline, "the changed file of keys was not read");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-#[test]
-fn adapters_load_and_unload_as_vllms_do() {
-    let (folder, config) = adapter_root();
-    let world = World::configured(config);
-    let admin = |path: &str, body: Value| world.ask("admin", "POST", path, Some(&body));
-    let load = json!({"lora_name": "reverse", "lora_path": folder.path().join("reverse")});
-    let loaded = admin("/v1/load_lora_adapter", load.clone());
-    assert_eq!((loaded.status, &*loaded.body), (200, "Success: LoRA adapter 'reverse' added successfully."));
-    assert_eq!(admin("/v1/load_lora_adapter", load.clone()).error(), (400, "adapter_exists".into()));
-    let body = with(completion(2), json!({"model": "reverse"}));
-    let answer = world.ask("user", "POST", "/v1/completions", Some(&body)).json();
-    assert_eq!((answer["model"].as_str(), answer["choices"][0]["text"].as_str()), (Some("reverse"), Some("ab")));
-    let resource = world.ask("admin", "GET", "/v1/adapters/reverse", None).json();
-    assert_eq!((resource["state"].as_str(), resource["version"].as_u64()), (Some("resident"), Some(1)));
-    assert_eq!(admin("/v1/load_lora_adapter", with(load, json!({"load_inplace": true}))).status, 200);
-    assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&body)).status, 200);
-    assert_eq!(world.ask("admin", "GET", "/v1/adapters/reverse", None).json()["version"], 2);
-    let unloaded = admin("/v1/unload_lora_adapter", json!({"lora_name": "reverse"}));
-    assert_eq!((unloaded.status, &*unloaded.body), (200, "Success: LoRA adapter 'reverse' removed successfully."));
-    let again = admin("/v1/unload_lora_adapter", json!({"lora_name": "reverse"}));
-    assert_eq!(again.error(), (404, "model_not_found".into()));
-    assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&body)).error(), (404, "model_not_found".into()));
-    world.wait_until("both tiers are free", |stats| {
-        stats.adapter_pages == 0 && stats.free_host_pages == stats.num_host_pages && stats.adapters == 0
-    });
-}
-
-#[test]
-fn adapters_are_a_resource() {
-    let (folder, config) = adapter_root();
-    let world = World::configured(config);
-    let ask = |method: &str, path: &str, body: Option<Value>| world.ask("admin", method, path, body.as_ref());
-    let reverse = json!({"path": folder.path().join("reverse"), "pinned": true});
-    let put = ask("PUT", "/v1/adapters/x", Some(reverse)).json();
-    assert_eq!(
-        (put["name"].as_str(), put["pinned"].as_bool(), put["max_rank"].as_u64()),
-        (Some("x"), Some(true), Some(8))
-    );
-    world.wait_until("a pinned adapter is brought to the device", |stats| stats.resident_adapters == 1);
-    let replaced = ask("PUT", "/v1/adapters/x", Some(json!({"path": folder.path().join("upper")}))).json();
-    assert!(replaced["replacing"] == true || replaced["version"] == 2, "{replaced}");
-    assert_eq!(ask("PUT", "/v1/adapters/x", Some(json!({"pinned": false}))).json()["pinned"], false);
-    assert_eq!(ask("GET", "/v1/adapters", None).json()["data"].as_array().unwrap().len(), 1);
-    let report = ask("POST", "/v1/adapters/validate", Some(json!({"path": folder.path().join("upper")})));
-    assert_eq!(report.status, 200);
-    assert!(!report.json()["tensors"].as_array().unwrap().is_empty());
-    assert_eq!(ask("PUT", "/v1/adapters/y", Some(json!({"pinned": true}))).error().0, 404);
-    assert_eq!(ask("PUT", "/v1/adapters/base", Some(json!({"path": folder.path().join("upper")}))).error().0, 400);
-    assert_eq!(ask("DELETE", "/v1/adapters/x", None).status, 204);
-    assert_eq!(ask("DELETE", "/v1/adapters/x", None).error(), (404, "model_not_found".into()));
-    assert_eq!(ask("GET", "/v1/adapters/x", None).error(), (404, "model_not_found".into()));
-}
-
-#[test]
-fn running_requests_finish_while_their_adapter_is_replaced_or_unloaded() {
-    let (folder, config) = adapter_root();
-    let world = World::with(config, EngineConfig::default(), Duration::from_millis(2));
-    let path = folder.path().join("reverse");
-    world.ask("admin", "PUT", "/v1/adapters/x", Some(&json!({"path": path})));
-    let body = with(completion(200), json!({"model": "x", "stream": true}));
-    let headers = [("authorization", "Bearer user")];
-    let running = world.open("POST", "/v1/completions", &headers, Some(&body.to_string()));
-    world.wait_until("it runs", |stats| stats.running == 1);
-    assert_eq!(world.ask("admin", "PUT", "/v1/adapters/x", Some(&json!({"path": path}))).status, 200);
-    assert_eq!(world.ask("admin", "DELETE", "/v1/adapters/x", None).status, 204);
-    assert_eq!(text_of(&Response::read(running).events(), 0).len(), 200);
-    world.wait_until("both versions are gone", |stats| stats.adapters == 0 && stats.adapter_pages == 0);
-}
-
-#[test]
-fn a_path_outside_the_roots_is_refused_whether_it_exists_or_not() {
-    let (folder, config) = adapter_root();
-    let outside = tempfile::tempdir().unwrap();
-    copy_adapter("reverse", &outside.path().join("reverse"));
-    std::os::unix::fs::symlink(outside.path().join("reverse"), folder.path().join("link")).unwrap();
-    let world = World::configured(config);
-    let root = folder.path().to_str().unwrap();
-    let paths = [
-        outside.path().join("reverse").to_str().unwrap().to_owned(),
-        outside.path().join("nothing").to_str().unwrap().to_owned(),
-        format!("{root}/link"),
-        format!("{root}/../{}", outside.path().file_name().unwrap().to_str().unwrap()),
-        format!("{root}/reverse/../../x"),
-        format!("{root}x"),
-        "reverse".into(),
-        "../reverse".into(),
-        "file:///tmp".into(),
-        "~/x".into(),
-        "/".into(),
-        "".into(),
-        "/etc/passwd".into(),
-        "/proc/self/root/tmp".into(),
-    ];
-    for path in paths {
-        let load = json!({"lora_name": "x", "lora_path": path});
-        let put = json!({"path": path});
-        let asked = [
-            world.ask("admin", "POST", "/v1/load_lora_adapter", Some(&load)),
-            world.ask("admin", "PUT", "/v1/adapters/x", Some(&put)),
-            world.ask("admin", "POST", "/v1/adapters/validate", Some(&put)),
-        ];
-        for response in asked {
-            assert_eq!(response.error(), (400, "path_not_allowed".into()), "{path:?}");
-        }
-    }
-    assert_eq!(world.runtime.adapters().unwrap().len(), 0);
-}
-
-#[test]
-fn an_adapter_that_cannot_be_served_is_a_400_with_its_reason() {
-    let (folder, config) = adapter_root();
-    let world = World::configured(config);
-    let bad = |name: &str, damage: &dyn Fn(&Path)| {
-        let path = folder.path().join(name);
-        copy_adapter("reverse", &path);
-        damage(&path);
-        let response =
-            world.ask("admin", "POST", "/v1/load_lora_adapter", Some(&json!({"lora_name": name, "lora_path": path})));
-        assert_eq!(response.error(), (400, "adapter_invalid".into()), "{name}: {response:?}");
-        response.json()["error"]["reason"].as_str().unwrap().to_owned()
-    };
-    let config_file = |path: &Path| path.join("adapter_config.json");
-    let weights = |path: &Path| path.join("adapter_model.safetensors");
-    let reasons = [
-        bad("no-config", &|path| std::fs::remove_file(config_file(path)).unwrap()),
-        bad("no-json", &|path| std::fs::write(config_file(path), "{").unwrap()),
-        bad("no-weights", &|path| std::fs::remove_file(weights(path)).unwrap()),
-        bad("cut", &|path| {
-            let bytes = std::fs::read(weights(path)).unwrap();
-            std::fs::write(weights(path), &bytes[..bytes.len() / 2]).unwrap();
-        }),
-        bad("no-folder", &|path| std::fs::remove_dir_all(path).unwrap()),
-    ];
-    let distinct: std::collections::BTreeSet<_> = reasons.iter().collect();
-    assert!(distinct.len() >= 4, "{reasons:?}");
-    for name in ["", "a/b", "ü", "a b"] {
-        let load = json!({"lora_name": name, "lora_path": folder.path().join("reverse")});
-        assert_eq!(world.ask("admin", "POST", "/v1/load_lora_adapter", Some(&load)).error().0, 400, "{name:?}");
-    }
-    assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&completion(2))).status, 200);
-    assert_eq!(world.runtime.snapshot().engine.adapters, 0);
 }
 
 #[test]
@@ -565,6 +289,20 @@ fn a_step_that_takes_too_long_ends_the_engine() {
 }
 
 #[test]
+fn a_step_thread_that_hangs_before_anything_runs_is_noticed_too() {
+    let world = World::configured(json!({"step_timeout_s": 0.3}));
+    let runtime = world.runtime.clone();
+    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(3))));
+    std::thread::sleep(Duration::from_millis(100));
+    let asked = Instant::now();
+    let response = world.post("/v1/completions", &completion(1));
+    assert_eq!(response.error(), (503, "service_unavailable".into()));
+    assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
+    assert!(asked.elapsed() < Duration::from_millis(2500), "{:?}", asked.elapsed());
+    let _ = hanging.join();
+}
+
+#[test]
 fn slow_headers_and_bodies_are_cut_off() {
     let world = World::configured(json!({"limits": {"header_timeout_s": 0.2, "body_timeout_s": 0.2}}));
     let mut silent = world.raw("GET /v1/models HTTP/1.1\r\nhost: localh");
@@ -595,48 +333,6 @@ fn text_and_tokens_convert_both_ways() {
 }
 
 #[test]
-fn metrics_can_be_parsed_and_name_what_dashboards_read() {
-    let world = World::configured(json!({"adapters": [{"name": "reverse", "path": example("adapters/reverse")}]}));
-    world.post("/v1/completions", &with(completion(4), json!({"model": "reverse"})));
-    let body = world.get("/metrics").body;
-    let mut families = std::collections::BTreeMap::new();
-    for line in body.lines() {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').unwrap();
-            assert!(families.insert(name, kind).is_none(), "{name} is there twice");
-        } else if !line.starts_with('#') {
-            let (series, value) = line.rsplit_once(' ').unwrap();
-            value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
-            let name = series.split('{').next().unwrap();
-            let ends = ["_bucket", "_sum", "_count"];
-            let family = ends.iter().find_map(|end| name.strip_suffix(end).filter(|name| families.contains_key(name)));
-            assert!(families.contains_key(family.unwrap_or(name)), "{line} belongs to no family");
-        }
-    }
-    let wanted = [
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-        "vllm:prompt_tokens_total",
-        "vllm:generation_tokens_total",
-        "vllm:request_success_total",
-        "vllm:time_to_first_token_seconds",
-        "vllm:inter_token_latency_seconds",
-        "vllm:e2e_request_latency_seconds",
-        "vllm:lora_requests_info",
-        "vllm:cache_config_info",
-        "slora:pool_pages",
-        "slora:adapters",
-        "slora:swap_ins_total",
-        "http_requests_total",
-    ];
-    for name in wanted {
-        assert!(families.contains_key(name), "{name}");
-    }
-    assert!(body.contains("slora:adapter_generation_tokens_total{adapter=\"reverse\"} 4\n"), "{body}");
-}
-
-#[test]
 fn unknown_fields_are_ignored_unless_the_server_is_strict() {
     let odd = with(completion(1), json!({"odd_field": 1}));
     assert_eq!(World::new().post("/v1/completions", &odd).status, 200);
@@ -654,73 +350,6 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     let response = world.post("/v1/completions", &body);
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
     assert_eq!(num_shown(&response.events()), 2);
-}
-
-#[test]
-fn a_watched_folder_is_what_is_served() {
-    let folder = tempfile::tempdir().unwrap();
-    copy_adapter("reverse", &folder.path().join("there"));
-    let world = World::configured(json!({"adapter_dir": folder.path(), "adapter_poll_s": 0.02}));
-    let version = |name: &str| world.runtime.adapter(name).unwrap().map(|details| details.info.version);
-    let wait = |what: &str, name: &str, expected: Option<u32>| {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while version(name) != expected {
-            assert!(Instant::now() < deadline, "never so: {what}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    };
-    assert_eq!(version("there"), Some(1), "what was there is known before the first request");
-    std::fs::create_dir(folder.path().join("half")).unwrap();
-    let file = |name: &str, to: &str| {
-        std::fs::copy(example("adapters/upper").join(name), folder.path().join(to).join(name)).unwrap();
-    };
-    file("adapter_config.json", "half");
-    std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(version("half"), None, "a half-written one waits");
-    file("adapter_model.safetensors", "half");
-    wait("a whole one is registered", "half", Some(1));
-    file("adapter_model.safetensors", "there");
-    file("adapter_config.json", "there");
-    wait("a changed one is a new version", "there", Some(2));
-    std::fs::remove_dir_all(folder.path().join("half")).unwrap();
-    wait("a removed one goes", "half", None);
-    assert_eq!(world.post("/v1/completions", &with(completion(1), json!({"model": "there"}))).status, 200);
-}
-
-#[test]
-fn the_metrics_port_needs_no_key_and_answers_nothing_else() {
-    let config = json!({"metrics_port": 0, "api_keys": ["user"], "admin_keys": ["admin"]});
-    let world = World::configured(config);
-    let address = world.server.metrics_address().unwrap();
-    let get = |path: &str| {
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: any\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).unwrap();
-        Response::read(stream).status
-    };
-    assert_eq!([get("/metrics"), get("/health/ready"), get("/v1/models"), get("/v1/adapters")], [200, 200, 404, 404]);
-    assert_eq!(world.get("/metrics").error(), (401, "invalid_api_key".into()));
-}
-
-#[test]
-fn pages_of_other_origins_are_let_in_only_if_allowed() {
-    let world = World::configured(json!({"allowed_origins": ["https://good.example"]}));
-    let preflight = |origin: &str| {
-        let headers = [("origin", origin), ("access-control-request-method", "POST")];
-        let response = world.send("OPTIONS", "/v1/completions", &headers, None);
-        (response.status, response.header("access-control-allow-origin").map(str::to_owned))
-    };
-    assert_eq!(preflight("https://good.example"), (204, Some("https://good.example".into())));
-    assert_eq!(preflight("https://bad.example"), (405, None));
-    let body = completion(1).to_string();
-    let asked = world.send("POST", "/v1/completions", &[("origin", "https://good.example")], Some(&body));
-    assert_eq!(asked.header("access-control-allow-origin"), Some("https://good.example"));
-    let untyped = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\norigin: https://bad.example\r\nconnection: close\r\n\
-         content-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    assert_eq!(Response::read(world.raw(&untyped)).error(), (415, "unsupported_media_type".into()));
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl Engine {
             return Admission::Skip;
         }
         if !self.has_rows_for(place) {
+            self.stats.row_deferrals += 1;
             return Admission::Stop;
         }
         let image_pages = adapter.map_or(0, |index| self.absent_pages(index));
@@ -126,6 +127,7 @@ impl Engine {
         self.running.push(place);
         let Some(request) = self.requests[place as usize].as_mut() else { return };
         request.phase = Phase::Running;
+        self.events.admitted.push(request.id);
         request.state_row = state_row;
         let has_pages = self.pages.allocate_many(Owner::Kv, kv_pages, &mut request.pages);
         assert!(has_pages, "pages were made free before the request is admitted");

@@ -1,8 +1,6 @@
 //! What happened: the flat arrays that `commit` and the other calls leave behind.
 
-use std::sync::Arc;
-
-use crate::RequestId;
+use crate::{LoadFailure, RequestId};
 
 /// Why a request ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +13,7 @@ pub enum EndReason {
     /// The client's wish.
     Cancelled,
     /// Its adapter could not be loaded, for this reason.
-    AdapterFailed(Arc<str>),
+    AdapterFailed(LoadFailure),
     /// The model's logits were not finite.
     NotFinite,
 }
@@ -53,9 +51,11 @@ pub struct EndEvent {
     pub reason: EndReason,
 }
 
-/// What happened since the last look. Prompt events come before token events, token events before end events.
+/// What happened since the last look. Admissions come before prompt events. Prompt events come before token events, token events before end events.
 #[derive(Debug, Default)]
 pub struct Events {
+    /// Requests that began to run; one that was preempted and runs again is here again.
+    pub admitted: Vec<RequestId>,
     /// Tokens, in order.
     pub tokens: Vec<TokenEvent>,
     /// Prompt log-probabilities.
@@ -67,11 +67,12 @@ pub struct Events {
 impl Events {
     /// Whether nothing happened.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty() && self.prompts.is_empty() && self.ended.is_empty()
+        self.admitted.is_empty() && self.tokens.is_empty() && self.prompts.is_empty() && self.ended.is_empty()
     }
 
     /// Empties the arrays and keeps their memory.
     pub fn clear(&mut self) {
+        self.admitted.clear();
         self.tokens.clear();
         self.prompts.clear();
         self.ended.clear();

@@ -43,6 +43,8 @@ pub struct Stats {
     pub generated_tokens: u64,
     /// Preemptions.
     pub preemptions: u64,
+    /// Times that the next request waited because no row was left for its adapter's descriptor or its penalty counts.
+    pub row_deferrals: u64,
     /// Adapters whose device pages were given back while they stay registered.
     pub adapter_evictions: u64,
     /// Adapters whose host pages were given back likewise.
@@ -61,7 +63,7 @@ pub struct Stats {
 
 impl Stats {
     /// Every figure with its name.
-    pub fn named(&self) -> [(&'static str, u64); 27] {
+    pub fn named(&self) -> [(&'static str, u64); 28] {
         [
             ("num_pages", self.num_pages.into()),
             ("free_pages", self.free_pages.into()),
@@ -83,6 +85,7 @@ impl Stats {
             ("ended", self.ended),
             ("generated_tokens", self.generated_tokens),
             ("preemptions", self.preemptions),
+            ("row_deferrals", self.row_deferrals),
             ("adapter_evictions", self.adapter_evictions),
             ("host_evictions", self.host_evictions),
             ("swap_ins", self.swap_ins),

@@ -27,6 +27,11 @@ impl Server {
         self.0.address().to_string()
     }
 
+    fn exit_after_failure(&self, grace_s: f64) -> PyResult<()> {
+        let grace = Duration::try_from_secs_f64(grace_s).map_err(config_error)?;
+        self.0.exit_after_failure(grace).map_err(config_error)
+    }
+
     fn begin_drain(&self) {
         self.0.begin_drain();
     }

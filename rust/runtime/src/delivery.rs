@@ -113,6 +113,12 @@ impl Requests {
                 channel.begin_end(matches!(end.reason, EndReason::Stop(_)));
             }
         }
+        let now = Instant::now();
+        for id in &events.admitted {
+            if let Some(channel) = self.open.get(id) {
+                channel.admit(now);
+            }
+        }
         for event in &events.prompts {
             let Some(channel) = self.open.get(&event.request) else { continue };
             let wanted = channel.spec.num_prompt_logprobs.unwrap_or(0);
@@ -120,7 +126,6 @@ impl Requests {
             let found = (event.row as usize..).zip(targets);
             channel.push_prompt_logprobs(found.map(|(row, token)| logprobs.prompt(row, *token, wanted)));
         }
-        let now = Instant::now();
         for event in &events.tokens {
             let Some(channel) = self.open.get(&event.request) else { continue };
             let found: Option<TokenLogprobs> =

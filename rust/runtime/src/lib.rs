@@ -21,6 +21,7 @@ mod mailbox;
 mod output;
 mod runtime;
 mod stepper;
+mod timings;
 
 pub use error::{RegisterError, RequestError};
 pub use host::HostMemory;
@@ -28,3 +29,4 @@ pub use mailbox::{Mailbox, Wake};
 pub use output::{Delta, End, Output, Piece, TokenLogprobs};
 pub use runtime::{AdapterDetails, Runtime, RuntimeConfig, Snapshot, State, Submission};
 pub use stepper::{StepLogprobs, Stepper};
+pub use timings::{Distribution, Lookups, Timings};

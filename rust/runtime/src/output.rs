@@ -58,6 +58,8 @@ pub struct Delta {
     pub version: u32,
     /// Whether that adapter's weights were in the host tier or on the device then; true for the base model.
     pub was_loaded: bool,
+    /// When it began to run for the first time.
+    pub admitted_at: Option<Instant>,
     /// New tokens.
     pub pieces: Vec<Piece>,
     /// With the end: text that was held back and belongs to no single token.
@@ -176,6 +178,11 @@ impl Channel {
         }
     }
 
+    /// Nobody is woken for it.
+    pub fn admit(&self, at: Instant) {
+        self.lock().delta.admitted_at.get_or_insert(at);
+    }
+
     /// The request ends in this step: readers are woken for its last token and its end together. `hides_last`: that token
     /// is no text.
     pub fn begin_end(&self, hides_last: bool) {
@@ -226,9 +233,9 @@ impl Channel {
             EndReason::Stop(token) => End::StopToken(token),
             EndReason::Length => End::Length,
             EndReason::Cancelled => End::Cancelled,
-            EndReason::AdapterFailed(reason) => {
+            EndReason::AdapterFailed(failure) => {
                 let name = self.spec.adapter.clone().unwrap_or_default();
-                End::Error(RequestError::AdapterFailed { name, reason })
+                End::Error(RequestError::AdapterFailed { name, failure })
             }
             _ => End::Error(RequestError::NotFinite),
         });
@@ -315,6 +322,7 @@ impl Output {
             is_accepted: state.delta.is_accepted,
             version: state.delta.version,
             was_loaded: state.delta.was_loaded,
+            admitted_at: state.delta.admitted_at,
             end: state.delta.end.clone(),
             ..Delta::default()
         };

@@ -17,6 +17,7 @@ use crate::loader::{self, Loader};
 use crate::mailbox::Wake;
 use crate::output::{Channel, ChannelSpec, End, Output, TextState};
 use crate::stepper::Stepper;
+use crate::timings::Timings;
 
 /// What the runtime is told once.
 #[derive(Debug)]
@@ -90,11 +91,16 @@ pub(crate) struct Shared {
     pub inbox: Arc<Inbox>,
     state: Mutex<State>,
     snapshot: Mutex<Snapshot>,
+    timings: Mutex<Timings>,
 }
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn timings(&self) -> MutexGuard<'_, Timings> {
+        self.timings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn publish(&self, snapshot: Snapshot) {
@@ -135,7 +141,8 @@ impl Runtime {
         let engine = Engine::new(EngineConfig { num_host_pages: host.num_pages(), ..engine })?;
         base.max_adapter_pages = engine.config().max_adapter_pages;
         let inbox = Arc::new(Inbox::default());
-        let shared = Arc::new(Shared { inbox: inbox.clone(), state: Mutex::default(), snapshot: Mutex::default() });
+        let (state, snapshot, timings) = Default::default();
+        let shared = Arc::new(Shared { inbox: inbox.clone(), state, snapshot, timings });
         let num_ready_slabs = host.num_ready_slabs();
         let started = Delivery::new(inbox.clone())
             .and_then(|delivery| Ok((delivery, Loader::new(num_loaders, num_ready_slabs, inbox)?)));
@@ -170,6 +177,11 @@ impl Runtime {
     /// Counters and gauges, as of the last step.
     pub fn snapshot(&self) -> Snapshot {
         self.shared.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was measured so far.
+    pub fn timings(&self) -> Timings {
+        self.shared.timings().clone()
     }
 
     fn stopped(&self) -> RequestError {
@@ -326,6 +338,11 @@ impl Runtime {
     /// Whether steps are to be run: it is neither failed nor closing.
     pub fn is_open(&self) -> bool {
         self.shared.inbox.is_open()
+    }
+
+    /// Whether something waits for the step thread to take it, which it does between any two steps.
+    pub fn has_commands(&self) -> bool {
+        !self.shared.inbox.is_empty()
     }
 
     /// Ends every request with an error, because a step failed. Nothing is taken afterwards.

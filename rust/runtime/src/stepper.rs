@@ -1,11 +1,11 @@
 //! The step thread's side: the engine, between the inbox and the delivery thread.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use slora_core::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, Counts, Engine, Events, RequestId};
+use slora_core::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, Counts, Engine, Events, LoadFailure, RequestId};
 use slora_store::Adapter;
 
 use crate::delivery::Message;
@@ -69,6 +69,8 @@ pub struct Stepper {
     epoch: Instant,
     commands: Vec<Command>,
     snapshot: Snapshot,
+    /// Steps with copies that have not arrived, and when they were planned.
+    copying: VecDeque<(u32, Instant)>,
 }
 
 impl Stepper {
@@ -89,6 +91,7 @@ impl Stepper {
             epoch: Instant::now(),
             commands: Vec::new(),
             snapshot: Snapshot::default(),
+            copying: VecDeque::new(),
         }
     }
 
@@ -107,6 +110,14 @@ impl Stepper {
         self.take_commands();
         let counts = self.engine.schedule(self.now_us(), buffer);
         self.start_loads();
+        if let Some(counts) = &counts {
+            if counts.num_rows > 0 {
+                self.shared.timings().step_rows.observe(f64::from(counts.num_rows));
+            }
+            if counts.num_copies > 0 {
+                self.copying.push_back((counts.step, Instant::now()));
+            }
+        }
         self.publish(StepLogprobs::default());
         counts
     }
@@ -120,6 +131,12 @@ impl Stepper {
     /// The page copies of all steps up to this one have arrived.
     pub fn copies_done(&mut self, step: u32) {
         self.engine.copies_done(step);
+        while let Some((copied, since)) = self.copying.front().copied()
+            && step.wrapping_sub(copied) as i32 >= 0
+        {
+            self.copying.pop_front();
+            self.shared.timings().host_loads.observe(since.elapsed().as_secs_f64());
+        }
     }
 
     fn take_commands(&mut self) {
@@ -148,9 +165,11 @@ impl Stepper {
                 Command::Checked(id, num_tokens) => self.engine.checked(id, num_tokens),
                 Command::Loaded(id, result, elapsed) => {
                     self.snapshot.load_us += elapsed.as_micros() as u64;
+                    let code = result.as_ref().err().map(|failure| failure.code);
+                    self.shared.timings().observe_disk_load(elapsed, code);
                     match result {
                         Ok(()) => self.engine.load_finished(id),
-                        Err(reason) => self.engine.load_failed(id, reason),
+                        Err(failure) => self.engine.load_failed(id, failure),
                     }
                 }
                 Command::Call(call) => call(self),
@@ -162,6 +181,14 @@ impl Stepper {
     /// What the name means at submit is what the request is bound to.
     fn accepted(&self, id: RequestId, adapter: Option<&str>) -> Message {
         let info = adapter.and_then(|name| self.engine.adapter_info(name));
+        if let Some(info) = &info {
+            let lookups = &mut self.shared.timings().lookups;
+            match info.state {
+                AdapterState::Resident => lookups.device += 1,
+                AdapterState::Host => lookups.host += 1,
+                _ => lookups.disk += 1,
+            }
+        }
         let is_loaded = |info: AdapterInfo| matches!(info.state, AdapterState::Host | AdapterState::Resident);
         Message::Accepted {
             id,
@@ -176,7 +203,8 @@ impl Stepper {
         }
         while let Some(load) = self.engine.next_load() {
             let Some(adapter) = self.adapters.get(&load.adapter) else {
-                self.engine.load_failed(load.adapter, "its checkpoint is no longer known".into());
+                let message = "its checkpoint is no longer known".into();
+                self.engine.load_failed(load.adapter, LoadFailure { code: "internal", message });
                 continue;
             };
             let num_slabs = self.host.num_slabs_of(&load.pages);

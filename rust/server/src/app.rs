@@ -17,6 +17,8 @@ use crate::errors::ApiError;
 use crate::fields::{Fields, shown};
 use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
+use crate::schema;
+use crate::status::Recent;
 use crate::text_pool::TextPool;
 
 /// Names of unknown fields that are logged, each once.
@@ -40,6 +42,7 @@ pub(crate) struct App {
     /// Folders beneath which paths over HTTP must lie, links resolved.
     pub roots: Vec<PathBuf>,
     pub started_unix_s: u64,
+    pub recent_adapters: Recent,
     is_draining: AtomicBool,
     calls: Arc<Semaphore>,
     logged_fields: Mutex<HashSet<String>>,
@@ -70,6 +73,7 @@ impl App {
             base_names: config.base_names(),
             roots,
             started_unix_s: unix_time_s() as u64,
+            recent_adapters: Recent::default(),
             is_draining: AtomicBool::new(false),
             calls: Arc::new(Semaphore::new(MAX_CALLS)),
             logged_fields: Mutex::default(),
@@ -102,8 +106,23 @@ impl App {
         }
     }
 
-    /// Finds what `model` names: the base, an adapter, or `base:adapter`. Whether the adapter exists is the engine's to say.
-    pub fn resolve(&self, caller: &Caller, model: String) -> Result<Target, ApiError> {
+    /// What depends on this server in the fields of its bodies.
+    pub fn bounds(&self) -> schema::Bounds {
+        let (limits, engine) = (&self.config.limits, self.runtime.config());
+        schema::Bounds {
+            max_n: limits.max_n,
+            max_messages: limits.max_messages,
+            max_context: engine.max_context,
+            vocab_size: engine.vocab_size,
+            base_names: self.base_names.clone(),
+            defaults: self.config.sampling_defaults.clone(),
+        }
+    }
+
+    /// Finds what `model` names: the base, an adapter, or `base:adapter`; nothing: the base. Whether the adapter exists is
+    /// the engine's to say.
+    pub fn resolve(&self, caller: &Caller, model: Option<String>) -> Result<Target, ApiError> {
+        let model = model.or_else(|| self.base_names.first().cloned()).unwrap_or_default();
         let is_base = |name: &str| self.base_names.iter().any(|base| base == name);
         let adapter = match model.split_once(':') {
             _ if is_base(&model) => None,

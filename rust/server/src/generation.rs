@@ -11,7 +11,7 @@ use slora_runtime::{Delta, End, Output, Runtime, Submission, Wake};
 
 use crate::admission::Reservation;
 use crate::errors::ApiError;
-use crate::metrics::{Finished, Metrics};
+use crate::metrics::{Finished, Metrics, Phases};
 use crate::quota::Place;
 use crate::record::Record;
 use crate::sampling::Sampling;
@@ -39,9 +39,21 @@ impl Wake for Ringer {
 struct Choice {
     output: Output,
     num_tokens: u64,
+    admitted_at: Option<Instant>,
     first_at: Option<Instant>,
     last_at: Option<Instant>,
     is_open: bool,
+}
+
+impl Choice {
+    fn phases(&self, submitted: Instant) -> Phases {
+        let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.saturating_duration_since(from?));
+        Phases {
+            queue: between(Some(submitted), self.admitted_at),
+            prefill: between(self.admitted_at, self.first_at),
+            decode: between(self.first_at, self.last_at),
+        }
+    }
 }
 
 /// All choices. Dropping it cancels what has not ended.
@@ -50,6 +62,7 @@ pub(crate) struct Generation {
     num_open: usize,
     bell: Arc<Bell>,
     scratch: Vec<u32>,
+    submitted: Instant,
     adapter: Option<Arc<str>>,
     metrics: Arc<Metrics>,
     record: Arc<Record>,
@@ -77,6 +90,7 @@ impl Generation {
         start: Start,
     ) -> Result<Self, ApiError> {
         let Start { adapter, prompts, sampling, wakes_on_token, reservation, place } = start;
+        let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
         let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
         for prompt in prompts {
@@ -95,7 +109,14 @@ impl Generation {
                     wake,
                     wakes_on_token,
                 })?;
-                choices.push(Choice { output, num_tokens: 0, first_at: None, last_at: None, is_open: true });
+                choices.push(Choice {
+                    output,
+                    num_tokens: 0,
+                    admitted_at: None,
+                    first_at: None,
+                    last_at: None,
+                    is_open: true,
+                });
             }
         }
         let num_open = choices.len();
@@ -104,6 +125,7 @@ impl Generation {
             num_open,
             bell,
             scratch: Vec::new(),
+            submitted,
             adapter,
             metrics,
             record,
@@ -156,6 +178,7 @@ impl Generation {
     fn note(&mut self, index: usize, delta: &Delta) {
         let started = self.record.started;
         let choice = &mut self.choices[index];
+        choice.admitted_at = choice.admitted_at.or(delta.admitted_at);
         for piece in &delta.pieces {
             choice.num_tokens += 1;
             match choice.last_at {
@@ -192,6 +215,7 @@ impl Generation {
             completion_tokens: choice.num_tokens,
             elapsed: started.elapsed(),
             first_token: choice.first_at.map(|at| at.saturating_duration_since(started)),
+            phases: choice.phases(self.submitted),
             adapter: self.adapter.clone(),
         });
     }
@@ -212,6 +236,7 @@ impl Drop for Generation {
             }
         }
         let completion_tokens = self.total_tokens();
+        self.metrics.observe_longest(self.choices.iter().map(|choice| choice.num_tokens).max().unwrap_or(0));
         if let Some(place) = &self.place {
             place.charge(prompt_tokens + completion_tokens);
         }

@@ -44,17 +44,35 @@ impl Histogram {
 
     pub fn write(&self, out: &mut String, name: &str, help: &str, labels: &str) {
         header(out, name, "histogram", help);
-        let comma = if labels.is_empty() { "" } else { "," };
-        let mut total = 0;
-        for (index, count) in self.counts.iter().enumerate() {
-            total += count.load(Ordering::Relaxed);
-            let bound = self.bounds.get(index).map_or("+Inf".to_owned(), |bound| bound.to_string());
-            let _ = writeln!(out, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {total}");
-        }
-        let sum = self.sum_micros.load(Ordering::Relaxed) as f64 / 1e6;
-        let _ = writeln!(out, "{name}_sum{{{labels}}} {sum}");
-        let _ = writeln!(out, "{name}_count{{{labels}}} {total}");
+        self.write_samples(out, name, labels);
     }
+
+    /// Without the header, which a family has once.
+    pub fn write_samples(&self, out: &mut String, name: &str, labels: &str) {
+        let counts = self.counts.iter().map(|count| count.load(Ordering::Relaxed));
+        let sum = self.sum_micros.load(Ordering::Relaxed) as f64 / 1e6;
+        write_histogram(out, name, labels, self.bounds, counts, sum);
+    }
+}
+
+/// The samples of a histogram.
+pub(crate) fn write_histogram(
+    out: &mut String,
+    name: &str,
+    labels: &str,
+    bounds: &[f64],
+    counts: impl Iterator<Item = u64>,
+    sum: f64,
+) {
+    let comma = if labels.is_empty() { "" } else { "," };
+    let mut total = 0;
+    for (index, count) in counts.enumerate() {
+        total += count;
+        let bound = bounds.get(index).map_or("+Inf".to_owned(), |bound| bound.to_string());
+        let _ = writeln!(out, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {total}");
+    }
+    let _ = writeln!(out, "{name}_sum{{{labels}}} {sum}");
+    let _ = writeln!(out, "{name}_count{{{labels}}} {total}");
 }
 
 /// The two lines before a family's samples.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::histogram::{Histogram, SECONDS, SMALL, TOKENS, header, label};
 
 /// Adapters with series of their own; the others are summed up as `other`.
-const TOP_ADAPTERS: usize = 64;
+pub(crate) const TOP_ADAPTERS: usize = 64;
 /// Adapters that are counted one by one.
 const MAX_COUNTED_ADAPTERS: usize = 16_384;
 
@@ -19,6 +19,9 @@ struct Traffic {
     requests: u64,
     prompt_tokens: u64,
     completion_tokens: u64,
+    /// Requests that got a first token, and how long they waited for it, summed up.
+    first_tokens: u64,
+    first_token_us: u64,
 }
 
 impl Traffic {
@@ -26,6 +29,8 @@ impl Traffic {
         self.requests += other.requests;
         self.prompt_tokens += other.prompt_tokens;
         self.completion_tokens += other.completion_tokens;
+        self.first_tokens += other.first_tokens;
+        self.first_token_us += other.first_token_us;
     }
 }
 
@@ -54,8 +59,13 @@ pub(crate) struct Metrics {
     inter_token: Histogram,
     per_token: Histogram,
     end_to_end: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    inference: Histogram,
     prompt_lens: Histogram,
     generation_lens: Histogram,
+    longest_generations: Histogram,
     choices: Histogram,
     max_tokens: Histogram,
     labelled: Mutex<Labelled>,
@@ -68,7 +78,19 @@ pub(crate) struct Finished {
     pub completion_tokens: u64,
     pub elapsed: Duration,
     pub first_token: Option<Duration>,
+    pub phases: Phases,
     pub adapter: Option<Arc<str>>,
+}
+
+/// How long a choice was in each phase, as far as it got.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Phases {
+    /// From its submission to its admission.
+    pub queue: Option<Duration>,
+    /// From there to its first token.
+    pub prefill: Option<Duration>,
+    /// From there to its last token.
+    pub decode: Option<Duration>,
 }
 
 impl Metrics {
@@ -86,8 +108,13 @@ impl Metrics {
             inter_token: seconds(),
             per_token: seconds(),
             end_to_end: seconds(),
+            queue: seconds(),
+            prefill: seconds(),
+            decode: seconds(),
+            inference: seconds(),
             prompt_lens: tokens(),
             generation_lens: tokens(),
+            longest_generations: tokens(),
             choices: Histogram::new(SMALL),
             max_tokens: tokens(),
             labelled: Mutex::default(),
@@ -136,8 +163,26 @@ impl Metrics {
         self.inter_token.observe_many(apart.as_secs_f64(), times);
     }
 
+    /// A request has ended; its longest choice had this many tokens.
+    pub fn observe_longest(&self, tokens: u64) {
+        self.longest_generations.observe(tokens as f64);
+    }
+
+    fn observe_phases(&self, phases: Phases) {
+        let all = [(&self.queue, phases.queue), (&self.prefill, phases.prefill), (&self.decode, phases.decode)];
+        for (histogram, time) in all {
+            if let Some(time) = time {
+                histogram.observe(time.as_secs_f64());
+            }
+        }
+        if let (Some(prefill), Some(decode)) = (phases.prefill, phases.decode) {
+            self.inference.observe((prefill + decode).as_secs_f64());
+        }
+    }
+
     pub fn observe_finished(&self, finished: Finished) {
-        let Finished { reason, prompt_tokens, completion_tokens, elapsed, first_token, adapter } = finished;
+        let Finished { reason, prompt_tokens, completion_tokens, elapsed, first_token, phases, adapter } = finished;
+        self.observe_phases(phases);
         self.prompt_tokens.fetch_add(prompt_tokens, Ordering::Relaxed);
         self.generation_tokens.fetch_add(completion_tokens, Ordering::Relaxed);
         self.end_to_end.observe(elapsed.as_secs_f64());
@@ -149,7 +194,13 @@ impl Metrics {
         }
         let mut labelled = self.labelled();
         *labelled.finished.entry(reason).or_default() += 1;
-        let traffic = Traffic { requests: 1, prompt_tokens, completion_tokens };
+        let traffic = Traffic {
+            requests: 1,
+            prompt_tokens,
+            completion_tokens,
+            first_tokens: u64::from(first_token.is_some()),
+            first_token_us: first_token.map_or(0, |first| first.as_micros() as u64),
+        };
         let Some(adapter) = adapter else { return };
         if labelled.adapters.len() < MAX_COUNTED_ADAPTERS || labelled.adapters.contains_key(&adapter) {
             labelled.adapters.entry(adapter).or_default().add(traffic);
@@ -172,7 +223,7 @@ impl Metrics {
         for (reason, count) in &self.labelled().finished {
             let _ = writeln!(out, "{name}{{{labels},finished_reason=\"{reason}\"}} {count}");
         }
-        let histograms: [(&str, &str, &Histogram); 9] = [
+        let histograms: [(&str, &str, &Histogram); 14] = [
             ("time_to_first_token_seconds", "From a request's arrival to its first token.", &self.first_token),
             ("inter_token_latency_seconds", "Between two tokens of a request.", &self.inter_token),
             ("time_per_output_token_seconds", "Between two tokens of a request (old name).", &self.inter_token),
@@ -182,6 +233,11 @@ impl Metrics {
                 &self.per_token,
             ),
             ("e2e_request_latency_seconds", "From a request's arrival to its end.", &self.end_to_end),
+            ("request_queue_time_seconds", "From a choice's submission to its admission.", &self.queue),
+            ("request_prefill_time_seconds", "From a choice's admission to its first token.", &self.prefill),
+            ("request_decode_time_seconds", "From a choice's first token to its last.", &self.decode),
+            ("request_inference_time_seconds", "From a choice's admission to its last token.", &self.inference),
+            ("request_max_num_generation_tokens", "Tokens of a request's longest choice.", &self.longest_generations),
             ("request_prompt_tokens", "Prompt tokens of a request.", &self.prompt_lens),
             ("request_generation_tokens", "Generated tokens of a request.", &self.generation_lens),
             ("request_params_n", "Choices asked for.", &self.choices),
@@ -225,15 +281,10 @@ impl Metrics {
                 "http_requests_total{{handler=\"{handler}\",method=\"{method}\",status=\"{status}\"}} {count}"
             );
         }
-        let mut body = String::new();
-        for (handler, histogram) in &labelled.http_seconds {
-            let labels = format!("handler=\"{handler}\"");
-            histogram.write(&mut body, "http_request_duration_seconds", "", &labels);
-        }
         header(out, "http_request_duration_seconds", "histogram", "Time of HTTP requests, streams included.");
-        body.lines().filter(|line| !line.starts_with('#')).for_each(|line| {
-            let _ = writeln!(out, "{line}");
-        });
+        for (handler, histogram) in &labelled.http_seconds {
+            histogram.write_samples(out, "http_request_duration_seconds", &format!("handler=\"{handler}\""));
+        }
     }
 }
 
@@ -259,6 +310,14 @@ impl Labelled {
             }
             let _ = writeln!(out, "{name}{{adapter=\"other\"}} {}", value(&other));
         }
+        let name = "slora:adapter_time_to_first_token_seconds";
+        header(out, name, "summary", "From a request's arrival to its first token, by adapter.");
+        let others = Arc::from("other");
+        for (adapter, traffic) in ranked.into_iter().chain([(&others, &other)]) {
+            let (adapter, seconds) = (label(adapter), traffic.first_token_us as f64 / 1e6);
+            let _ = writeln!(out, "{name}_sum{{adapter=\"{adapter}\"}} {seconds}");
+            let _ = writeln!(out, "{name}_count{{adapter=\"{adapter}\"}} {}", traffic.first_tokens);
+        }
     }
 }
 
@@ -280,6 +339,7 @@ mod tests {
                     completion_tokens: 2,
                     elapsed,
                     first_token,
+                    phases: Phases::default(),
                     adapter,
                 });
             }

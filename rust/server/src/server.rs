@@ -20,7 +20,7 @@ use crate::errors::ApiError;
 use crate::log::Log;
 use crate::router::{Peer, router};
 use crate::watch::Watch;
-use crate::{connection, keys_file};
+use crate::{connection, generation_config, keys_file};
 
 /// Bytes that the system keeps for a reader, and doubles: what a stalled one costs. Left to itself, Linux goes to 4 MiB.
 const SEND_BUFFER_BYTES: usize = 64 << 10;
@@ -84,8 +84,9 @@ impl Server {
     ///
     /// # Errors
     /// Whatever is wrong with the configuration, an adapter or the address.
-    pub fn start(config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
+    pub fn start(mut config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
         check(&config)?;
+        config.sampling_defaults = generation_config::defaults(&config).map_err(ServeError::Config)?;
         let roots = roots(&config)?;
         let log = Log::start().map_err(ServeError::Threads)?;
         let app = Arc::new(App::new(config, runtime, roots, log));
@@ -155,6 +156,26 @@ impl Server {
             }
             std::thread::sleep(left.min(Duration::from_millis(10)));
         }
+    }
+
+    /// Ends the process, whatever hangs in it, if it is still there so long after the engine has failed.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn exit_after_failure(&self, grace: Duration) -> Result<(), ServeError> {
+        let runtime = Arc::downgrade(&self.app.runtime);
+        let watch = move || {
+            while let Some(state) = runtime.upgrade().map(|runtime| runtime.state()) {
+                if let State::Failed(reason) = state {
+                    std::thread::sleep(grace);
+                    eprintln!("slora: the engine has failed and the process did not end: {reason}");
+                    // No handler runs that could hang too, and no core of all the pinned memory is written.
+                    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                }
+                std::thread::sleep(WATCH_INTERVAL);
+            }
+        };
+        std::thread::Builder::new().name("slora-exit".into()).spawn(watch).map(drop).map_err(ServeError::Threads)
     }
 
     /// Stops: answers that are whole still go out, everything else is cut off and its requests cancelled.
@@ -349,7 +370,7 @@ async fn watch_keys(app: Arc<App>) {
     }
 }
 
-/// Ends the engine when its requests run and its steps do not, and says when it has ended, for whatever reason.
+/// Ends the engine when there is something to do and no step is done, and says when it has ended, for whatever reason.
 async fn watch_steps(app: Arc<App>) {
     let timeout = Duration::from_secs_f64(app.config.step_timeout_s);
     let (mut steps, mut since) = (0, Instant::now());
@@ -360,7 +381,8 @@ async fn watch_steps(app: Arc<App>) {
             return;
         }
         let stats = app.runtime.snapshot().engine;
-        if stats.running == 0 || stats.steps != steps {
+        let has_work = stats.running > 0 || app.runtime.has_commands();
+        if !has_work || stats.steps != steps {
             (steps, since) = (stats.steps, Instant::now());
         }
         if !timeout.is_zero() && since.elapsed() > timeout {

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slora_core::{
-    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, NewRequest,
-    RequestId, SamplingParams, SubmitError,
+    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, LoadFailure,
+    NewRequest, RequestId, SamplingParams, SubmitError,
 };
 
 use super::executor::{Executor, Output};
@@ -21,6 +21,7 @@ pub struct Live {
     scored: usize,
     checked: u32,
     is_cancelled: bool,
+    is_admitted: bool,
 }
 
 pub struct World {
@@ -132,7 +133,8 @@ impl World {
         }
         let adapter = info.map(|info| info.id);
         assert!(adapter.is_none_or(|id| !self.failed.contains(&id)), "a failed adapter takes no request");
-        self.live.insert(id, Live { sequence, adapter, scored: 1, checked: 0, is_cancelled: false });
+        self.live
+            .insert(id, Live { sequence, adapter, scored: 1, checked: 0, is_cancelled: false, is_admitted: false });
         self.next_id += 1;
         Ok(id)
     }
@@ -233,7 +235,8 @@ impl World {
         let content = self.contents[&load.adapter];
         if fails {
             self.failed.insert(load.adapter);
-            self.engine.load_failed(load.adapter, format!("content {content} is bad").into());
+            let message = format!("content {content} is bad").into();
+            self.engine.load_failed(load.adapter, LoadFailure { code: "bad", message });
             return;
         }
         self.executor.finish_load(content, &load.pages);
@@ -315,6 +318,9 @@ impl World {
     fn hear(&mut self, output: &Output) {
         let mut events = std::mem::take(&mut self.events);
         self.engine.take_events(&mut events);
+        for id in &events.admitted {
+            self.live.get_mut(id).unwrap().is_admitted = true;
+        }
         for event in &events.prompts {
             let scores = &output.prompt_scores[event.row as usize..][..event.len as usize];
             self.live.get_mut(&event.request).unwrap().hear_prompt(event.position, scores);
@@ -415,6 +421,7 @@ impl Live {
     }
 
     fn hear_token(&mut self, token: u32) {
+        assert!(self.is_admitted, "a request is admitted before its first token");
         assert!(!self.sequence.is_complete() && !self.sequence.ends_with_stop(), "no token comes after the end");
         assert_eq!(token as i32, self.sequence.next(), "a request's tokens depend on nothing else");
         self.sequence.push(token);
@@ -439,8 +446,8 @@ impl Live {
                 assert!(self.is_cancelled);
                 "cancelled"
             }
-            EndReason::AdapterFailed(reason) => {
-                assert!(failed.contains(&self.adapter.unwrap()) && reason.contains("is bad"));
+            EndReason::AdapterFailed(failure) => {
+                assert!(failed.contains(&self.adapter.unwrap()) && failure.message.contains("is bad"));
                 "failed"
             }
             EndReason::NotFinite => {

@@ -1,0 +1,129 @@
+"""A step that fails or hangs, in a real process: everybody is told, and the process ends."""
+
+import contextlib
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pytest
+from conftest import BASE
+
+STEP_TIMEOUT_S = 1.0
+SERVE = """
+import ctypes, sys, time
+from slora.engine import StepLoop
+from slora.options import Options
+from slora.runner import Runner
+from slora import serve as served
+
+run, num_steps = Runner.run, 0
+
+def fail():
+    how = sys.argv[2]
+    if how == "hangs":
+        time.sleep(1000)
+    if how == "hangs and holds the interpreter":
+        ctypes.PyDLL(None).sleep(1000)
+    if how == "raises":
+        raise MemoryError("no bytes left")
+
+def patched_run(self, plan):
+    global num_steps
+    num_steps += 1
+    if num_steps >= 20:
+        fail()
+    return run(self, plan)
+
+def patched_commit(self):
+    if num_steps >= 20 and self._launched and sys.argv[2] == "panics in the core":
+        self._core.commit(123456, self._launched[1].result().ids)
+    return commit(self)
+
+commit, StepLoop._commit = StepLoop._commit, patched_commit
+Runner.run = patched_run
+config = {"port": 0, "model": sys.argv[1], "step_timeout_s": float(sys.argv[3])}
+served.CLOSE_TIMEOUT_S = 2
+sys.exit(served.serve(sys.argv[1], Options(device="cpu"), config, 0.5))
+"""
+REASONS = {
+    "raises": "MemoryError: no bytes left",
+    "panics in the core": "PanicException",
+    "hangs": "a step took longer than 1 s",
+    "hangs and holds the interpreter": "a step took longer than 1 s",
+}
+"""What goes wrong, and what clients are told."""
+
+
+@contextlib.contextmanager
+def served(how: str, step_timeout_s: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that fails so in its 20th step, and its port."""
+    command = [sys.executable, "-c", SERVE, str(BASE), how, str(step_timeout_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        address = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
+        threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
+        yield process, int(address.rsplit(":", 1)[1])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _drain(lines: IO[str]) -> None:
+    for _ in lines:
+        pass
+
+
+def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[float, Any]]:
+    """When each event came, and what it holds."""
+    for line in answer:
+        if line.startswith(b"data: "):
+            yield time.monotonic(), json.loads(line.removeprefix(b"data: "))
+
+
+def _ask(port: int) -> http.client.HTTPResponse:
+    """A stream of many tokens."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    body = {"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    return client.getresponse()
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_clients_are_told_and_the_process_ends(how: str) -> None:
+    with served(how, STEP_TIMEOUT_S) as (process, port):
+        *tokens, (told_at, last) = _events(_ask(port))
+        assert len(tokens) >= 10, "it began well"
+        assert all("error" not in event for _, event in tokens)
+        assert (last["error"]["code"], REASONS[how] in last["error"]["message"]) == ("service_unavailable", True), last
+        limit = STEP_TIMEOUT_S if "hangs" in how else 0
+        assert told_at - tokens[-1][0] < limit + 2
+        assert _readiness(port) in (503, None)
+        assert process.wait(10) != 0
+        assert process.stderr is not None
+        assert REASONS[how] in process.stderr.read()
+
+
+def test_a_signal_ends_a_process_whose_step_hangs() -> None:
+    with served("hangs", 0) as (process, port):
+        answer = _ask(port)
+        for _ in range(10):
+            answer.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGALRM
+
+
+def _readiness(port: int) -> int | None:
+    """None: the process has ended already."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        client.request("GET", "/health/ready")
+        return client.getresponse().status
+    except OSError:
+        return None
