@@ -138,6 +138,12 @@ impl Server {
         self.metrics_address
     }
 
+    /// Tasks of its threads that have not ended: one for each connection, and a few that last.
+    pub fn num_tasks(&self) -> usize {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.as_ref().map_or(0, |threads| threads.metrics().num_alive_tasks())
+    }
+
     /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
     pub fn begin_drain(&self) {
         self.app.drain();

@@ -44,6 +44,11 @@ impl Latency {
         let _ = self.0.add(&other.0);
     }
 
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.0.len()
+    }
+
     /// The mean, if there is one.
     pub fn mean(&self) -> Option<Duration> {
         (!self.0.is_empty()).then(|| Duration::from_secs_f64(self.0.mean() / 1e6))

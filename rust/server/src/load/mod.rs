@@ -39,6 +39,8 @@ pub struct Progress {
     pub sent: u64,
     /// Requests that ended, however.
     pub ended: u64,
+    /// Events with text that were read.
+    pub tokens: u64,
 }
 
 /// A load that runs on a thread of its own. Dropping it stops it.

@@ -92,7 +92,8 @@ impl Recorder {
 
     pub fn progress(&self) -> Progress {
         let (elapsed_s, counts) = (self.elapsed_s(), self.lock());
-        Progress { elapsed_s, sent: counts.sent, ended: counts.ended }
+        let tokens = counts.time_to_first_token.count() + counts.inter_token.count();
+        Progress { elapsed_s, sent: counts.sent, ended: counts.ended, tokens }
     }
 
     /// Time that whole answers take, on average.
