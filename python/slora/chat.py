@@ -1,11 +1,12 @@
 """`slora chat`: talk to a running server from a terminal, or through a pipe."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ HELP = """  /adapter NAME   answer with this adapter from now on
   /reset          forget the conversation
   /help           this text
 ctrl-C stops a reply, ctrl-D ends."""
+KEYS = ("SLORA_API_KEY", "SLORA_API_KEYS_FILE", "SLORA_ADMIN_KEY")
 
 
 class Chat:
@@ -39,7 +41,7 @@ class Chat:
             raise RequestError(f"no adapter is named {name!r}; hint: /adapters lists them")
         self.model = name
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """The reply, as it comes. What was said of it stays in the conversation, however it ends."""
         self.messages.append({"role": "user", "content": text})
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -129,8 +131,9 @@ def _answer(chat: Chat, line: str) -> None:
     if line.startswith("/"):
         print(chat.command(line), flush=True)
         return
-    for piece in chat.ask(line):
-        print(piece, end="", flush=True)
+    with closing(chat.ask(line)) as reply:
+        for piece in reply:
+            print(piece, end="", flush=True)
     print(flush=True)
 
 
@@ -145,10 +148,14 @@ def served(model: Path, adapters: Path | None) -> Iterator[str]:
     """The address of a server of our own for a model's folder, for as long as the block lasts."""
     if not model.is_dir():
         raise ConfigError(f"{str(model)!r} is neither http://HOST:PORT nor a model's folder")
-    command = [sys.executable, "-m", "slora", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "slora", "serve", str(model), "--host", "127.0.0.1", "--port", "0"]
     command += ["--adapter-dir", str(adapters)] if adapters else []
+    # Without keys it answers this machine.
+    environment = {name: value for name, value in os.environ.items() if name not in KEYS}
     # A session of its own: ctrl-C stops a reply, not the server.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
         try:
             assert process.stdout is not None
             line = next((line for line in process.stdout if line.startswith("serving ")), None)

@@ -12,17 +12,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from test_server import ADMIN, Served
+from serving import ADMIN, EXAMPLE, Served
 
 from slora.cli import main
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(20) == 0
+    with Served(*EXAMPLE) as served:
+        yield served
 
 
 def bench(served: Served, *arguments: str) -> int:

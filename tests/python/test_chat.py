@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE
-from test_server import ADMIN, Served
+from serving import ADMIN, EXAMPLE, Served
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(20) == 0
+    with Served(*EXAMPLE) as served:
+        yield served
 
 
 def chat(lines: str, *arguments: str, key: str = ADMIN) -> tuple[int, list[str], str]:
@@ -59,7 +57,9 @@ def test_mistakes_are_said_and_the_chat_goes_on(served: Served) -> None:
 
 
 def test_a_models_folder_is_served_for_as_long_as_the_chat_lasts() -> None:
-    code, printed, errors = chat("hello\n", str(BASE), "--adapters", str(ADAPTERS), "--adapter", "upper", key="")
+    code, printed, errors = chat(
+        "hello\n", str(BASE), "--adapters", str(ADAPTERS), "--adapter", "upper", key="not the server's"
+    )
     assert (code, printed, errors) == (0, ["HELLO"], "")
 
 

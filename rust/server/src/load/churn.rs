@@ -30,6 +30,8 @@ pub(super) struct Churn<'a> {
     /// The copy in each model's place.
     copies: Vec<Option<String>>,
     retired: VecDeque<(Instant, String)>,
+    /// Tells these copies from those of other loads on the same server.
+    nonce: u32,
     num_copies: u64,
     registering: Latency,
     report: ChurnReport,
@@ -46,6 +48,7 @@ impl<'a> Churn<'a> {
             places: (0..models.len()).filter(|index| models[*index].path.is_some()).collect(),
             copies: vec![None; models.len()],
             retired: VecDeque::new(),
+            nonce: nonce(),
             num_copies: 0,
             registering: Latency::default(),
             report: ChurnReport::default(),
@@ -77,7 +80,7 @@ impl<'a> Churn<'a> {
         let models = &self.run.config.models;
         let Some(place) = self.places.choose(&mut self.random).copied() else { return };
         self.num_copies += 1;
-        let copy = format!("{}.bench-{}", models[place].name, self.num_copies);
+        let copy = format!("{}.bench-{:08x}-{}", models[place].name, self.nonce, self.num_copies);
         let begun = Instant::now();
         if !self.call("PUT", &copy, &json!({"path": models[place].path}).to_string()).await {
             return;
@@ -112,6 +115,11 @@ impl<'a> Churn<'a> {
         self.report.first_error.get_or_insert(format!("{method} {path}: {error}"));
         false
     }
+}
+
+fn nonce() -> u32 {
+    // A system without random numbers: two loads at once may take each other's copies.
+    getrandom::u32().unwrap_or_default()
 }
 
 async fn exchange(connection: &mut Option<Connection>, run: &Run, bytes: &[u8]) -> io::Result<(u16, String)> {

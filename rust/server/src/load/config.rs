@@ -111,6 +111,7 @@ impl Default for LoadConfig {
             num_requests: None,
             input_tokens: Span::exactly(8),
             output_tokens: Span::exactly(8),
+            // The example's letters.
             token_ids: Span { min: 80, max: 105 },
             stream: false,
             cancel: 0.0,
