@@ -22,6 +22,7 @@ def check(path: Path) -> None:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Write the plot; the file's ending says its kind."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -38,6 +39,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         cumulative.step([ms for ms, _ in points], [share for _, share in points], where="post")
         cumulative.set(title=f"{title}, in all", xlabel="milliseconds", ylabel="share that took no longer", ylim=(0, 1))
         cumulative.set_xscale("log")
+        cumulative.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        cumulative.xaxis.set_major_formatter("{x:g}")
+        cumulative.xaxis.set_minor_formatter(NullFormatter())
         for panel in (over_time, cumulative):
             panel.grid(alpha=0.3)
             if not points:
