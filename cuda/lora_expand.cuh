@@ -19,6 +19,29 @@
 __device__ __forceinline__ void add_sums(
     const float* sums, int row_stride, int rows, int stride, int parts, bool has_few, int n, float scale, float* shrunk) {
   int lane = threadIdx.x % 32, shift = 3 + (n > 8) + (n > 16) + (n > 32);
+  if (HAS_CLUSTER && (size_t)sums % 16 == 0) { // four ranks at once: fewer waits for memory
+#pragma unroll 4
+    for (int e = lane; e < rows << shift - 2; e += 32) {
+      int r = e >> shift - 2, k = (e & (1 << shift - 2) - 1) * 4;
+      const float* from = sums + (long long)r * row_stride + k;
+      float4 tree[LEAVES / SUM_CHUNKS];
+#pragma unroll
+      for (int p = 0; p < LEAVES / SUM_CHUNKS; p++)
+        tree[p] = p * SUM_CHUNKS < parts && k < n ? __ldcg((const float4*)(from + p * stride)) : make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int d = 1; d < LEAVES / SUM_CHUNKS; d *= 2)
+#pragma unroll
+        for (int p = 0; p < LEAVES / SUM_CHUNKS; p += 2 * d) {
+          tree[p].x += tree[p + d].x, tree[p].y += tree[p + d].y;
+          tree[p].z += tree[p + d].z, tree[p].w += tree[p + d].w;
+        }
+      float total[4] = {tree[0].x, tree[0].y, tree[0].z, tree[0].w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) shrunk[r * SHRUNK_STRIDE + k + i] = k + i < n ? total[i] * scale : 0.0f;
+    }
+    __syncwarp();
+    return;
+  }
   for (int e = lane; e < rows << shift; e += 32) {
     int r = e >> shift, k = e & (1 << shift) - 1;
     const float* from = sums + (long long)r * row_stride + min(k, n - 1);

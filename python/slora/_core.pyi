@@ -7,6 +7,7 @@ __all__ = [
     "Base",
     "Core",
     "Delta",
+    "Load",
     "Mailbox",
     "Output",
     "Sampling",
@@ -271,3 +272,22 @@ class Server:
 
     def stop(self) -> None:
         """End every connection."""
+
+@final
+class Load:
+    """A load on a server, from a thread of its own. It needs no interpreter."""
+
+    def __new__(cls, config: str) -> Self:
+        """`config`: what is sent, as JSON. Raises ConfigError; else it runs."""
+
+    def progress(self) -> tuple[float, int, int]:
+        """Seconds since the start, requests sent, requests ended."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; whether it came."""
+
+    def stop(self) -> None:
+        """Send nothing more and leave what has not ended."""
+
+    def finish(self) -> str:
+        """Wait for the end: the report as JSON. Raises RuntimeError when it is called again."""

@@ -17,6 +17,8 @@ EXAMPLES = """examples:
   slora generate path/to/base "hello" --adapters path/to/adapters --adapter formal
   slora adapters check path/to/adapter --base path/to/base
   slora serve path/to/base --adapter-dir path/to/adapters
+  slora chat http://127.0.0.1:8000 --adapter formal
+  slora bench serve http://127.0.0.1:8000 --rate 20       a load on a running server
   slora doctor                                            what is installed, and what would run
 """
 Parsers = Any
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"slora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_demo, add_generate, add_adapters, add_serve, add_doctor):
+    for add in (add_demo, add_generate, add_adapters, add_serve, add_chat, add_bench, add_doctor):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -241,6 +243,96 @@ def run_serve(options: argparse.Namespace) -> int:
     names = ("device", "dtype", "max_context", "max_running", "pool_bytes", "host_bytes")
     engine = Options(**{name: getattr(options, name) for name in names})
     return serve(options.model, engine, config, options.drain_timeout)
+
+
+def add_chat(commands: Parsers) -> None:
+    examples = (
+        "  slora chat http://127.0.0.1:8000 --adapter formal\n"
+        "  slora chat path/to/base --adapters path/to/adapters      serves the model for as long as the chat lasts\n"
+        '  echo "hello" | slora chat http://127.0.0.1:8000 --adapter upper\n\n'
+        "in the chat:\n"
+    )
+    from slora.chat import HELP
+
+    parser = add_command(commands, "chat", run_chat, "talk to a model and its adapters", examples + HELP)
+    parser.add_argument("server", metavar="URL|MODEL", help="a running server, or the folder of a base model")
+    parser.add_argument("--api-key", default=os.environ.get("SLORA_API_KEY"), help="also SLORA_API_KEY")
+    parser.add_argument("--adapters", type=Path, help="with MODEL: folder whose sub-folders are adapters")
+    parser.add_argument("--adapter", metavar="NAME", help="who answers at first; default: the base")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system message")
+    parser.add_argument("--max-tokens", type=int, help="of one reply; default: what the context has left")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    from slora.chat import chat
+
+    sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    return chat(options.server, options.adapters, options.api_key, options.adapter, sampling, options.system)
+
+
+BENCH_EXAMPLES = """  slora bench serve http://127.0.0.1:8000                     as fast as 64 connections go
+  slora bench serve URL --rate 20 --duration 60               20 independent users a second
+  slora bench serve URL --rate 20 --cv 4 --popularity power --alpha 0.3    bursts, and few adapters get most
+  slora bench serve URL --rate 20 --adapters sql,med --input-len 64:512 --output-len 8:128
+  slora bench serve URL --rate 20 --cancel 0.1 --churn 2 --admin-key $ADMIN    clients and adapters come and go
+  slora bench serve URL --rate 20 --json load.json --plot load.svg
+
+Goodput counts the answers within --slo-ttft and --slo-itl: raise --rate until it no longer follows.
+The load takes a core; for figures of a machine's own, run it on another one.
+"""
+
+
+def add_bench(commands: Parsers) -> None:
+    bench = add_command(commands, "bench", lambda _: 2, "measure a running server")
+    actions = bench.add_subparsers(title="actions", metavar="ACTION", required=True)
+    parser = add_command(actions, "serve", run_bench_serve, "put a load on a running server", BENCH_EXAMPLES)
+    parser.add_argument("url", metavar="URL", help="the server, http://HOST:PORT")
+    parser.add_argument("--api-key", default=os.environ.get("SLORA_API_KEY"), help="also SLORA_API_KEY")
+    parser.add_argument(
+        "--admin-key", default=os.environ.get("SLORA_ADMIN_KEY"), help="also SLORA_ADMIN_KEY; for --churn"
+    )
+    when = parser.add_argument_group("when requests are sent")
+    when.add_argument("--rate", type=float, metavar="R", help="so many a second, whatever the server does")
+    when.add_argument("--cv", type=float, metavar="CV", help="with --rate: variation of the gaps; 1 (default): Poisson")
+    when.add_argument(
+        "--connections", type=int, default=64, help="without --rate: each sends when the last was answered"
+    )
+    when.add_argument("--duration", type=float, metavar="S", help="for so long; default 10, or until --requests")
+    when.add_argument("--requests", type=int, metavar="N", help="so many")
+    what = parser.add_argument_group("what they ask")
+    what.add_argument(
+        "--adapters", default="auto", metavar="NAMES", help="a,b,c: most popular first; auto: all there are"
+    )
+    what.add_argument("--popularity", choices=("uniform", "zipf", "power"), default="uniform")
+    what.add_argument("--alpha", type=float, help="zipf: k-th name 1/k^alpha, default 1; power: below 1, default 0.3")
+    what.add_argument("--input-len", type=span, default="64", metavar="N[:M]", help="tokens of a prompt; default 64")
+    what.add_argument("--output-len", type=span, default="32", metavar="N[:M]", help="tokens of an answer; default 32")
+    what.add_argument("--token-ids", type=span, metavar="N:M", help="ids of prompts; default: half of the vocabulary")
+    what.add_argument("--no-stream", action="store_true", help="whole answers, without times of tokens")
+    what.add_argument("--cancel", type=float, default=0.0, metavar="SHARE", help="clients that leave before the end")
+    what.add_argument(
+        "--churn", type=float, default=0.0, metavar="R", help="adapters replaced by fresh copies a second"
+    )
+    what.add_argument("--seed", type=int, default=0)
+    good = parser.add_argument_group("what is good, and where it goes")
+    good.add_argument("--slo-ttft", type=float, default=6.0, metavar="S", help="to the first token; default 6")
+    good.add_argument("--slo-itl", type=float, default=0.2, metavar="S", help="between tokens, on average; default 0.2")
+    good.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a longer answer is broken")
+    good.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    good.add_argument("--plot", type=Path, metavar="FILE", help="tokens' times as .svg, .png or .pdf; needs matplotlib")
+
+
+def span(text: str) -> dict[str, int]:
+    """`N` or `N:M`."""
+    least, _, most = text.partition(":")
+    return {"min": int(least), "max": int(most or least)}
+
+
+def run_bench_serve(options: argparse.Namespace) -> int:
+    from slora import bench
+
+    return bench.run(options)
 
 
 def add_doctor(commands: Parsers) -> None:

@@ -32,7 +32,8 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
         raise
     server.exit_after_failure(EXIT_GRACE_S)
     signals = _Signals()
-    print(f"serving {model} on http://{server.address}", flush=True)
+    # One write even where Python's output is not buffered: the server's log goes to the same place.
+    print(f"serving {model} on http://{server.address}\n", end="", flush=True)
     while not signals.count and engine.core.failure is None:
         server.wait(POLL_S)
     failure = engine.core.failure

@@ -160,6 +160,14 @@ fn what_a_user_gets_wrong_is_a_4xx_with_a_code_and_the_field() {
 }
 
 #[test]
+fn where_adapters_lie_is_told_as_an_absolute_path() {
+    let path = "../../examples/tiny/adapters/upper";
+    let world = World::configured(json!({"adapters": [{"name": "upper", "path": path}]}));
+    let root = world.get("/v1/models/upper").json()["root"].as_str().unwrap().to_owned();
+    assert!(Path::new(&root).is_absolute() && root.ends_with("upper"), "{root}");
+}
+
+#[test]
 fn what_is_wrong_with_http_is_in_openais_shape_too() {
     let world = World::configured(json!({"limits": {"max_body_bytes": 1000, "max_header_bytes": 2000}}));
     let post = |headers: &[(&str, &str)], body: &str| world.send("POST", "/v1/completions", headers, Some(body));

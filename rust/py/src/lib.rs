@@ -8,6 +8,7 @@ mod base;
 mod buffers;
 mod core;
 mod errors;
+mod load;
 mod outputs;
 mod sampling;
 mod server;
@@ -21,6 +22,8 @@ mod _core {
     use super::core::Core;
     #[pymodule_export]
     use super::errors::set_exceptions;
+    #[pymodule_export]
+    use super::load::Load;
     #[pymodule_export]
     use super::outputs::{Delta, Mailbox, Output};
     #[pymodule_export]

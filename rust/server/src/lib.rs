@@ -27,6 +27,7 @@ mod health;
 mod histogram;
 mod inference;
 mod keys_file;
+pub mod load;
 mod log;
 mod logprobs;
 mod metrics;

@@ -1,7 +1,7 @@
 //! The server's life: what is checked before it listens, the threads that serve, drain and stop.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -92,7 +92,7 @@ impl Server {
         let app = Arc::new(App::new(config, runtime, roots, log));
         let config = &app.config;
         register(&app)?;
-        let mut watch = config.adapter_dir.clone().map(Watch::new);
+        let mut watch = config.adapter_dir.as_deref().map(absolute).map(Watch::new);
         if let Some(watch) = &mut watch {
             watch.begin(&app);
         }
@@ -137,6 +137,12 @@ impl Server {
     /// Where the second port listens, if there is one.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
+    }
+
+    /// Tasks of its threads that have not ended: one for each connection, and a few that last.
+    pub fn num_tasks(&self) -> usize {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.as_ref().map_or(0, |threads| threads.metrics().num_alive_tasks())
     }
 
     /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
@@ -245,6 +251,12 @@ fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
     config.adapter_roots.iter().chain(&config.adapter_dir).map(resolve).collect()
 }
 
+/// Clients see where adapters lie, and may send it back.
+fn absolute(path: &Path) -> PathBuf {
+    // An empty path, which is none.
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}
+
 /// The adapters of the command line are there before the first request is.
 fn register(app: &App) -> Result<(), ServeError> {
     for flag in &app.config.adapters {
@@ -252,7 +264,7 @@ fn register(app: &App) -> Result<(), ServeError> {
         if app.base_names.contains(&flag.name) {
             return Err(failed("is the base model's name".into()));
         }
-        let registered = app.runtime.register(&flag.name, &flag.path, false, flag.pinned);
+        let registered = app.runtime.register(&flag.name, &absolute(&flag.path), false, flag.pinned);
         registered.map_err(|error| failed(error.to_string()))?;
     }
     match app.base_names.iter().find(|name| name.contains(':')) {
