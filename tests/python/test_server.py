@@ -1,50 +1,18 @@
 """`slora serve` as its users start it: a process, spoken to over HTTP."""
 
 import json
-import signal
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import ADAPTERS, BASE
-
-ADMIN = "the-admin-key"
-
-
-class Served:
-    """A running server process."""
-
-    def __init__(self) -> None:
-        arguments = ["serve", str(BASE), "--adapter-dir", str(ADAPTERS), "--port", "0", "--admin-key", ADMIN]
-        command = [sys.executable, "-m", "slora", *arguments, "--device", "cpu"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        line = next(line for line in self.process.stdout if line.startswith("serving "))
-        self.url = line.split()[-1]
-
-    def open(self, path: str, body: Any = None, key: str | None = ADMIN) -> Any:
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30)
-
-    def call(self, path: str, body: Any = None, key: str | None = ADMIN) -> tuple[int, str]:
-        try:
-            with self.open(path, body, key) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+from conftest import ADAPTERS
+from serving import EXAMPLE, Served
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(20) == 0
+    with Served(*EXAMPLE) as served:
+        yield served
 
 
 def complete(served: Served, model: str, prompt: str) -> str:

@@ -78,6 +78,18 @@ pub struct Server {
 }
 
 impl Server {
+    /// Everything that [`start`](Self::start) checks and that needs no engine, so that a mistake is found before a base is
+    /// loaded.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the configuration's values, its folders or its keys file.
+    pub fn check(config: &ServerConfig) -> Result<(), ServeError> {
+        check(config)?;
+        roots(config)?;
+        let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path)).transpose();
+        keys.map(drop).map_err(ServeError::Config)
+    }
+
     /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
     ///
     /// Adapters are registered by the runtime's step thread, which must be running.
