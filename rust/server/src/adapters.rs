@@ -10,19 +10,43 @@ use slora_runtime::{AdapterDetails, RegisterError};
 
 use crate::app::App;
 use crate::errors::{ApiError, checkpoint_error};
-use crate::fields::{Fields, shown};
+use crate::fields::shown;
 use crate::router::{Answer, Call, json_response, typed_response};
+use crate::schema::{Field, adapter_name, boolean, text};
 
 /// Entries of a checkpoint's folder that are looked at for links.
 const MAX_ENTRIES: usize = 1024;
 
+const NAME: Field = Field::required("lora_name", "The adapter's name.", adapter_name);
+
+/// Fields of `/v1/load_lora_adapter`.
+pub(crate) const LOAD_FIELDS: &[Field] = &[
+    NAME,
+    Field::required("lora_path", "The checkpoint's folder: absolute, beneath a root of the server's.", text),
+    Field::optional("load_inplace", "Whether an adapter of that name is replaced.", boolean),
+    Field::ignored("lora_int_id"),
+    Field::ignored("base_model_name"),
+    Field::ignored("is_3d_lora_weight"),
+];
+
+/// Fields of `/v1/unload_lora_adapter`.
+pub(crate) const UNLOAD_FIELDS: &[Field] = &[NAME, Field::ignored("lora_int_id")];
+
+/// Fields of an adapter that is put.
+pub(crate) const PUT_FIELDS: &[Field] = &[
+    Field::optional("path", "The checkpoint's folder; without it the weights stay what they are.", text),
+    Field::optional("pinned", "Whether the adapter stays on the device.", boolean),
+];
+
+/// Fields of `/v1/adapters/validate`.
+pub(crate) const VALIDATE_FIELDS: &[Field] = &[Field::required("path", "The checkpoint's folder.", text)];
+
 /// `POST /v1/load_lora_adapter`, as vLLM's.
 pub(crate) async fn load_vllm(call: Call) -> Answer {
-    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let fields = call.fields(&call.body)?;
     let name: String = fields.require("lora_name")?;
     let path: PathBuf = fields.require("lora_path")?;
     let replace = fields.take("load_inplace")?.unwrap_or(false);
-    fields.ignore(&["lora_int_id", "base_model_name", "is_3d_lora_weight"]);
     call.app.note_unknown(&fields)?;
     let shown_name = name.clone();
     call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
@@ -31,9 +55,8 @@ pub(crate) async fn load_vllm(call: Call) -> Answer {
 
 /// `POST /v1/unload_lora_adapter`, as vLLM's; an unknown name is 404.
 pub(crate) async fn unload_vllm(call: Call) -> Answer {
-    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let fields = call.fields(&call.body)?;
     let name: String = fields.require("lora_name")?;
-    fields.ignore(&["lora_int_id"]);
     call.app.note_unknown(&fields)?;
     let shown_name = name.clone();
     call.app.call(move |app| unload(app, &name)).await?;
@@ -56,7 +79,7 @@ pub(crate) async fn get(call: Call) -> Answer {
 
 /// `PUT /v1/adapters/{name}`: registers, replaces, pins or unpins. Without a path the weights stay what they are.
 pub(crate) async fn put(call: Call) -> Answer {
-    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let fields = call.fields(&call.body)?;
     let path: Option<PathBuf> = fields.take("path")?;
     let pinned: Option<bool> = fields.take("pinned")?;
     call.app.note_unknown(&fields)?;
@@ -85,7 +108,7 @@ pub(crate) async fn delete(call: Call) -> Answer {
 
 /// `POST /v1/adapters/validate`: the accounting of every tensor; nothing is registered.
 pub(crate) async fn validate(call: Call) -> Answer {
-    let mut fields = Fields::parse(&call.body, call.app.config.limits.max_json_depth)?;
+    let fields = call.fields(&call.body)?;
     let path: PathBuf = fields.require("path")?;
     call.app.note_unknown(&fields)?;
     let work = move |app: &App| {

@@ -17,6 +17,7 @@ use crate::errors::ApiError;
 use crate::fields::{Fields, shown};
 use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
+use crate::schema;
 use crate::text_pool::TextPool;
 
 /// Names of unknown fields that are logged, each once.
@@ -102,8 +103,22 @@ impl App {
         }
     }
 
-    /// Finds what `model` names: the base, an adapter, or `base:adapter`. Whether the adapter exists is the engine's to say.
-    pub fn resolve(&self, caller: &Caller, model: String) -> Result<Target, ApiError> {
+    /// What depends on this server in the fields of its bodies.
+    pub fn bounds(&self) -> schema::Bounds {
+        let (limits, engine) = (&self.config.limits, self.runtime.config());
+        schema::Bounds {
+            max_n: limits.max_n,
+            max_messages: limits.max_messages,
+            max_context: engine.max_context,
+            vocab_size: engine.vocab_size,
+            base_names: self.base_names.clone(),
+        }
+    }
+
+    /// Finds what `model` names: the base, an adapter, or `base:adapter`; nothing: the base. Whether the adapter exists is
+    /// the engine's to say.
+    pub fn resolve(&self, caller: &Caller, model: Option<String>) -> Result<Target, ApiError> {
+        let model = model.or_else(|| self.base_names.first().cloned()).unwrap_or_default();
         let is_base = |name: &str| self.base_names.iter().any(|base| base == name);
         let adapter = match model.split_once(':') {
             _ if is_base(&model) => None,

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use slora_core::SamplingParams;
 use slora_text::{ChatInput, TextModel};
 
 use crate::app::App;
@@ -12,31 +13,56 @@ use crate::log::unix_time_s;
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
+use crate::schema::{Bounds, Field, MODEL, any_of, boolean};
 
-/// Fields of completions, or of other servers' chats, that mean nothing good here.
-const UNSUPPORTED: &[(&str, &[&str])] = &[
-    ("chat_template", &[]),
-    ("documents", &["[]"]),
-    ("echo", &["false"]),
-    ("add_special_tokens", &["false"]),
-    ("reasoning_effort", &["\"none\""]),
+/// The route's own fields, and those of completions that mean nothing good here.
+pub(crate) const FIELDS: &[Field] = &[
+    MODEL,
+    Field::required("messages", "The conversation.", messages),
+    Field::optional("logprobs", "Whether tokens come with their log-probabilities.", boolean),
+    Field::optional("top_logprobs", "So many best tokens with each; only with `logprobs`.", sampling::logprobs),
+    Field::unsupported("chat_template", &[]),
+    Field::unsupported("documents", &["[]"]),
+    Field::unsupported("echo", &["false"]),
+    Field::unsupported("add_special_tokens", &["false"]),
+    Field::unsupported("reasoning_effort", &["\"none\""]),
 ];
+
+/// What a chat template is told besides the messages.
+pub(crate) const TEMPLATE_FIELDS: &[Field] = &[
+    Field::optional("add_generation_prompt", "Whether the prompt ends where an answer begins.", boolean),
+    Field::optional("continue_final_message", "Whether the last message is to be continued.", boolean),
+    Field::optional("chat_template_kwargs", "Variables of the chat template.", |_| json!({"type": "object"})),
+];
+
+/// Messages: a role, and content that is text.
+pub(crate) fn messages(bounds: &Bounds) -> Value {
+    let text = json!({"type": "string"});
+    let part = json!({
+        "type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": text},
+    });
+    let parts = json!({"type": "array", "items": any_of(&[text.clone(), part])});
+    let message = json!({
+        "type": "object", "required": ["role", "content"],
+        "properties": {
+            "role": {"type": "string", "minLength": 1}, "content": any_of(&[text, parts]),
+            "tool_calls": {"type": ["array", "null"], "maxItems": 0},
+        },
+    });
+    json!({"type": "array", "items": message, "minItems": 1, "maxItems": bounds.max_messages})
+}
 
 /// The route.
 pub(crate) async fn complete(mut call: Call) -> Answer {
     let app = call.app.clone();
     let body = call.body.clone();
-    let mut fields = Fields::parse(&body, app.config.limits.max_json_depth)?;
-    let target = app.resolve(&call.caller, fields.require("model")?)?;
-    let streaming = take_streaming(&mut fields)?;
-    for (name, idle) in UNSUPPORTED {
-        fields.refuse(name, idle)?;
-    }
-    let input = take_input(&app, &mut fields)?;
-    let logprobs = take_logprobs(&mut fields)?;
+    let fields = call.fields(&body)?;
+    let target = app.resolve(&call.caller, fields.take("model")?)?;
+    let streaming = take_streaming(&fields)?;
+    let input = take_input(&app, &fields)?;
+    let logprobs = take_logprobs(&fields)?;
     let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
-    fields.ignore(&["request_id"]);
-    let mut sampling = sampling::take(&mut fields, &app.config.sampling_defaults, &app.config.limits)?;
+    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults, &app.config.limits)?;
     app.note_unknown(&fields)?;
     sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
     sampling.params.logprobs = logprobs;
@@ -66,7 +92,7 @@ pub(crate) fn encode(app: &App, text: &TextModel, input: &ChatInput) -> Result<V
 }
 
 /// The fields that the chat template sees.
-pub(crate) fn take_input(app: &App, fields: &mut Fields) -> Result<ChatInput, ApiError> {
+pub(crate) fn take_input(app: &App, fields: &Fields) -> Result<ChatInput, ApiError> {
     let limits = &app.config.limits;
     let mut messages: Vec<Map<String, Value>> = fields.require("messages")?;
     if messages.is_empty() || messages.len() > limits.max_messages {
@@ -135,10 +161,14 @@ fn part_text(part: &Value) -> Option<&str> {
 }
 
 /// `logprobs` turns them on, `top_logprobs` says how many.
-fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+fn take_logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
     let is_on = fields.take("logprobs")?.unwrap_or(false);
     let top: Option<u32> = fields.take("top_logprobs")?;
+    let most = SamplingParams::MAX_LOGPROBS;
     match (is_on, top) {
+        (_, Some(top)) if top > most => {
+            Err(ApiError::invalid("top_logprobs", format!("top_logprobs is {top}, it must be between 0 and {most}")))
+        }
         (true, top) => Ok(Some(top.unwrap_or(0))),
         (false, None | Some(0)) => Ok(None),
         (false, Some(_)) => {

@@ -9,9 +9,22 @@ use crate::inference::{Inference, admit, check_text_len, run};
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
+use crate::schema::{Field, MODEL, any_of, boolean, list, text, token_id};
 
 /// Tokens that a completion has when it does not say how many.
 const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// The route's own fields.
+pub(crate) const FIELDS: &[Field] = &[
+    MODEL,
+    Field::required("prompt", "Text, token ids, or a list of either.", |bounds| {
+        let ids = list(token_id(bounds));
+        any_of(&[text(bounds), list(text(bounds)), ids.clone(), list(ids)])
+    }),
+    Field::optional("echo", "Whether the prompt comes before the text.", boolean),
+    Field::optional("logprobs", "Log-probabilities, with so many best tokens for each.", sampling::logprobs),
+    Field::optional("add_special_tokens", "Whether the tokenizer adds its special tokens to a text.", boolean),
+];
 
 /// A prompt as it was sent.
 enum Given {
@@ -40,16 +53,15 @@ impl Given {
 pub(crate) async fn complete(mut call: Call) -> Answer {
     let app = call.app.clone();
     let body = call.body.clone();
-    let mut fields = Fields::parse(&body, app.config.limits.max_json_depth)?;
-    let target = app.resolve(&call.caller, fields.require("model")?)?;
-    let streaming = take_streaming(&mut fields)?;
-    let given = take_prompt(&mut fields)?;
+    let fields = call.fields(&body)?;
+    let target = app.resolve(&call.caller, fields.take("model")?)?;
+    let streaming = take_streaming(&fields)?;
+    let given = take_prompt(&fields)?;
     let echo = fields.take("echo")?.unwrap_or(false);
     let logprobs: Option<u32> = fields.take("logprobs")?;
     let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
     let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
-    fields.ignore(&["request_id"]);
-    let mut sampling = sampling::take(&mut fields, &app.config.sampling_defaults, &app.config.limits)?;
+    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults, &app.config.limits)?;
     app.note_unknown(&fields)?;
     sampling.max_tokens.get_or_insert(app.config.sampling_defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
     sampling.params.logprobs = logprobs;
@@ -82,7 +94,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
 }
 
 /// A string, a list of strings, ids, or a list of lists of ids.
-fn take_prompt(fields: &mut Fields) -> Result<Vec<Given>, ApiError> {
+fn take_prompt(fields: &Fields) -> Result<Vec<Given>, ApiError> {
     let Some(raw) = fields.raw("prompt") else {
         let message = "prompt is missing";
         return Err(ApiError::new(axum::http::StatusCode::BAD_REQUEST, "missing_required_parameter", message)

@@ -1,10 +1,11 @@
-//! A JSON object, field by field: each one is taken by name, and what nobody took is known.
+//! A JSON object, field by field: each one is taken by its name in the body's table.
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::errors::ApiError;
+use crate::schema::{self, Role};
 
 /// Fields of one object at most.
 const MAX_FIELDS: usize = 256;
@@ -12,23 +13,25 @@ const MAX_FIELDS: usize = 256;
 struct Field<'a> {
     name: String,
     value: &'a RawValue,
-    is_taken: bool,
 }
 
 /// The fields of a request's body, in its order.
 pub(crate) struct Fields<'a> {
     fields: Vec<Field<'a>>,
+    body: schema::Body,
 }
 
 impl<'a> Fields<'a> {
-    /// Parses the outermost level. Nesting deeper than `max_depth` and names that come twice are refused.
-    pub fn parse(body: &'a [u8], max_depth: usize) -> Result<Self, ApiError> {
+    /// Parses the outermost level. Nesting deeper than `max_depth`, names that come twice and fields that `known` calls
+    /// unsupported are refused.
+    pub fn parse(body: &'a [u8], max_depth: usize, known: schema::Body) -> Result<Self, ApiError> {
         let malformed = |what: String| {
             ApiError::new(axum::http::StatusCode::BAD_REQUEST, "invalid_json", format!("the body is not JSON: {what}"))
         };
         let text = std::str::from_utf8(body).map_err(|error| malformed(error.to_string()))?;
         check_depth(body, max_depth)?;
-        let fields: Self = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+        let mut fields: Self = serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+        fields.body = known;
         if fields.fields.len() > MAX_FIELDS {
             let message = format!("the body has {} fields, the limit is {MAX_FIELDS}", fields.fields.len());
             return Err(ApiError::new(axum::http::StatusCode::BAD_REQUEST, "invalid_value", message));
@@ -37,55 +40,57 @@ impl<'a> Fields<'a> {
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(ApiError::invalid(pair[0], format!("{} is there twice", shown(pair[0])))),
-            None => Ok(fields),
+            None => fields.refuse_unsupported().map(|()| fields),
         }
     }
 
+    fn known(&self, name: &str) -> Option<&'static schema::Field> {
+        self.body.iter().copied().flatten().find(|field| field.name == name)
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), ApiError> {
+        for field in &self.fields {
+            if let Some(Role::Unsupported(idle)) = self.known(&field.name).map(|known| known.role)
+                && !says_nothing(field.value, idle)
+            {
+                return Err(ApiError::unsupported(&field.name, format!("{} is not supported", field.name)));
+            }
+        }
+        Ok(())
+    }
+
     /// The raw value of a field; `None`: absent or null.
-    pub fn raw(&mut self, name: &str) -> Option<&'a RawValue> {
-        let field = self.fields.iter_mut().find(|field| field.name == name)?;
-        field.is_taken = true;
+    pub fn raw(&self, name: &str) -> Option<&'a RawValue> {
+        debug_assert!(self.known(name).is_some(), "{name} is in the body's table");
+        let field = self.fields.iter().find(|field| field.name == name)?;
         (field.value.get() != "null").then_some(field.value)
     }
 
     /// A field's value; `None`: absent or null.
-    pub fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
+    pub fn take<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, ApiError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
         serde_json::from_str(raw.get()).map(Some).map_err(|error| type_error(name, &error))
     }
 
     /// A field that must be there.
-    pub fn require<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, ApiError> {
+    pub fn require<T: DeserializeOwned>(&self, name: &str) -> Result<T, ApiError> {
         self.take(name)?.ok_or_else(|| {
             let message = format!("{name} is missing");
             ApiError::new(axum::http::StatusCode::BAD_REQUEST, "missing_required_parameter", message).with_param(name)
         })
     }
 
-    /// Fields that are known and do nothing here.
-    pub fn ignore(&mut self, names: &[&str]) {
-        for name in names {
-            self.raw(name);
-        }
-    }
-
-    /// Refuses a field that is not supported, unless its value says nothing: null, or one of `idle`, as JSON.
-    pub fn refuse(&mut self, name: &str, idle: &[&str]) -> Result<(), ApiError> {
-        let Some(raw) = self.raw(name) else { return Ok(()) };
-        let same = |idle: &&str| {
-            let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
-            raw.get() == *idle || (raw.get().len() < 256 && parse(raw.get()) == parse(idle))
-        };
-        if idle.iter().any(same) {
-            return Ok(());
-        }
-        Err(ApiError::unsupported(name, format!("{name} is not supported")))
-    }
-
-    /// Names that nobody took.
+    /// Names that the body's table does not have.
     pub fn unknown(&self) -> impl Iterator<Item = &str> {
-        self.fields.iter().filter(|field| !field.is_taken).map(|field| field.name.as_str())
+        self.fields.iter().map(|field| field.name.as_str()).filter(|name| self.known(name).is_none())
     }
+}
+
+/// Whether a value is null, or one of `idle`, as JSON.
+fn says_nothing(value: &RawValue, idle: &[&str]) -> bool {
+    let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
+    let is = |idle: &&str| value.get() == *idle || (value.get().len() < 256 && parse(value.get()) == parse(idle));
+    value.get() == "null" || idle.iter().any(is)
 }
 
 /// A wrong type, without the parser's position: the field is named instead.
@@ -115,9 +120,9 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut fields = Vec::new();
                 while let Some((name, value)) = map.next_entry::<String, &'de RawValue>()? {
-                    fields.push(Field { name, value, is_taken: false });
+                    fields.push(Field { name, value });
                 }
-                Ok(Fields { fields })
+                Ok(Fields { fields, body: &[] })
             }
         }
         deserializer.deserialize_map(Collect)
@@ -155,40 +160,49 @@ fn check_depth(body: &[u8], max_depth: usize) -> Result<(), ApiError> {
 mod tests {
     use super::*;
 
+    const BODY: schema::Body = &[&[
+        schema::Field::optional("n", "", schema::boolean),
+        schema::Field::optional("top_p", "", schema::boolean),
+        schema::Field::optional("empty", "", schema::boolean),
+        schema::Field::unsupported("tools", &["[]"]),
+        schema::Field::unsupported("format", &[r#"{"type":"text"}"#]),
+    ]];
+
     #[test]
     fn a_wrong_type_names_its_field() {
-        let mut fields = Fields::parse(br#"{"n": "three", "top_p": 0.5}"#, 64).unwrap();
+        let fields = Fields::parse(br#"{"n": "three", "top_p": 0.5, "empty": null}"#, 64, BODY).unwrap();
         let error = fields.take::<u32>("n").unwrap_err();
         assert_eq!((error.status.as_u16(), error.param.as_deref(), error.code), (400, Some("n"), "invalid_type"));
         assert_eq!(fields.take::<f32>("top_p").unwrap(), Some(0.5));
+        assert_eq!(fields.take::<f32>("empty").unwrap(), None);
     }
 
     #[test]
-    fn what_nobody_took_is_known() {
-        let mut fields = Fields::parse(br#"{"a": 1, "b": null, "c": []}"#, 64).unwrap();
-        assert_eq!(fields.take::<u32>("a").unwrap(), Some(1));
-        assert_eq!(fields.take::<u32>("b").unwrap(), None);
-        assert_eq!(fields.unknown().collect::<Vec<_>>(), ["c"]);
+    fn what_is_not_in_the_table_is_unknown() {
+        let fields = Fields::parse(br#"{"n": 1, "tools": [], "odd": 1}"#, 64, BODY).unwrap();
+        assert_eq!(fields.unknown().collect::<Vec<_>>(), ["odd"]);
     }
 
     #[test]
     fn an_unsupported_field_may_say_nothing() {
-        let mut fields = Fields::parse(br#"{"tools": [], "best_of": 2, "a": {"type" : "text"}}"#, 64).unwrap();
-        fields.refuse("tools", &["[]"]).unwrap();
-        fields.refuse("absent", &[]).unwrap();
-        fields.refuse("a", &[r#"{"type":"text"}"#]).unwrap();
-        assert_eq!(fields.refuse("best_of", &["1"]).unwrap_err().code, "unsupported_parameter");
+        let code = |body: &str| Fields::parse(body.as_bytes(), 64, BODY).err().map(|error| error.code);
+        for idle in [r#"{"tools": []}"#, r#"{"tools": null}"#, r#"{"format": {"type" : "text"}}"#] {
+            assert_eq!(code(idle), None, "{idle}");
+        }
+        for loud in [r#"{"tools": [1]}"#, r#"{"tools": {}}"#, r#"{"format": {"type": "json_object"}}"#] {
+            assert_eq!(code(loud), Some("unsupported_parameter"), "{loud}");
+        }
     }
 
     #[test]
     fn deep_and_doubled_bodies_are_refused() {
         let nested = |depth: usize| format!("{{\"a\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
-        assert!(Fields::parse(nested(63).as_bytes(), 64).is_ok());
-        assert!(Fields::parse(nested(64).as_bytes(), 64).is_err());
-        assert!(Fields::parse(br#"{"a": "[[[[", "b": "\"[["}"#, 2).is_ok());
-        assert!(Fields::parse(br#"{"a": 1, "a": 2}"#, 64).is_err());
+        assert!(Fields::parse(nested(63).as_bytes(), 64, &[]).is_ok());
+        assert!(Fields::parse(nested(64).as_bytes(), 64, &[]).is_err());
+        assert!(Fields::parse(br#"{"a": "[[[[", "b": "\"[["}"#, 2, &[]).is_ok());
+        assert!(Fields::parse(br#"{"a": 1, "a": 2}"#, 64, &[]).is_err());
         for bad in [&b"[]"[..], b"", b"{", b"\xff", b"{} {}"] {
-            assert_eq!(Fields::parse(bad, 64).err().map(|error| error.status.as_u16()), Some(400));
+            assert_eq!(Fields::parse(bad, 64, &[]).err().map(|error| error.status.as_u16()), Some(400));
         }
     }
 }

@@ -26,7 +26,7 @@ pub(crate) async fn get(call: Call) -> Answer {
     if app.base_names.contains(&id) && may_use_base(&app, &caller) {
         return Ok(json_response(&base(&app, &id)));
     }
-    let name = app.resolve(&caller, id)?.adapter.ok_or_else(|| unknown.clone())?;
+    let name = app.resolve(&caller, Some(id))?.adapter.ok_or_else(|| unknown.clone())?;
     let details = app.call(move |app| Ok(app.runtime.adapter(&name)?)).await?.ok_or(unknown)?;
     Ok(json_response(&adapter(&app, &details)))
 }

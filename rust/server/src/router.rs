@@ -1,8 +1,6 @@
-//! The one table of routes, and what happens to every request before and after its route.
+//! What happens to every request before and after its route.
 
-use std::future::Future;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,109 +8,24 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawPathParams, Request};
 use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
-use axum::routing::{MethodFilter, on};
+use axum::routing::on;
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 
 use crate::admission::{Load, Reservation};
 use crate::app::App;
 use crate::auth::{Caller, Level};
+use crate::cors;
 use crate::errors::ApiError;
+use crate::fields::Fields;
 use crate::record::Record;
-use crate::{adapters, chat, completions, cors, health, models, tokenize};
+use crate::routes::{ROUTES, Route};
 
 /// Longest request id of a client's that is taken over.
 const MAX_ID_LEN: usize = 128;
 
 /// What a route sends back.
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
-type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Answer> + Send>>;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verb {
-    Get,
-    Post,
-    Put,
-    Delete,
-}
-
-impl Verb {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Get => "GET",
-            Self::Post => "POST",
-            Self::Put => "PUT",
-            Self::Delete => "DELETE",
-        }
-    }
-
-    fn filter(self) -> MethodFilter {
-        match self {
-            Self::Get => MethodFilter::GET,
-            Self::Post => MethodFilter::POST,
-            Self::Put => MethodFilter::PUT,
-            Self::Delete => MethodFilter::DELETE,
-        }
-    }
-
-    fn has_body(self) -> bool {
-        matches!(self, Self::Post | Self::Put)
-    }
-}
-
-/// A route cannot be written down without its level.
-struct Route {
-    verb: Verb,
-    path: &'static str,
-    level: Level,
-    handler: Handler,
-}
-
-macro_rules! route {
-    ($verb:ident $path:literal, $level:ident, $handler:path) => {
-        Route { verb: Verb::$verb, path: $path, level: Level::$level, handler: |call| Box::pin($handler(call)) }
-    };
-}
-
-static ROUTES: &[Route] = &[
-    route!(Post "/v1/chat/completions", User, chat::complete),
-    route!(Post "/v1/completions", User, completions::complete),
-    route!(Get "/v1/models", User, models::list),
-    route!(Get "/v1/models/{*id}", User, models::get),
-    route!(Post "/tokenize", User, tokenize::tokenize),
-    route!(Post "/detokenize", User, tokenize::detokenize),
-    route!(Get "/tokenizer_info", User, tokenize::info),
-    route!(Post "/v1/load_lora_adapter", Admin, adapters::load_vllm),
-    route!(Post "/v1/unload_lora_adapter", Admin, adapters::unload_vllm),
-    route!(Get "/v1/adapters", Admin, adapters::list),
-    route!(Post "/v1/adapters/validate", Admin, adapters::validate),
-    route!(Get "/v1/adapters/{name}", Admin, adapters::get),
-    route!(Put "/v1/adapters/{name}", Admin, adapters::put),
-    route!(Delete "/v1/adapters/{name}", Admin, adapters::delete),
-    route!(Get "/health", Open, health::live),
-    route!(Get "/health/ready", Open, health::ready),
-    route!(Get "/ping", Open, health::live),
-    route!(Get "/version", User, health::version),
-    route!(Get "/load", User, health::load),
-    route!(Get "/metrics", User, health::metrics),
-];
-
-/// A route as it is known outside.
-#[derive(Clone, Copy, Debug)]
-pub struct RouteInfo {
-    /// `GET`, `POST`, `PUT` or `DELETE`.
-    pub method: &'static str,
-    /// The path; `{name}` stands for one segment, `{*id}` for all that follow.
-    pub path: &'static str,
-    /// What it asks of its caller.
-    pub level: Level,
-}
-
-/// Every route that the server has.
-pub fn routes() -> impl Iterator<Item = RouteInfo> {
-    ROUTES.iter().map(|route| RouteInfo { method: route.verb.name(), path: route.path, level: route.level })
-}
-
 /// Where a request came in.
 #[derive(Clone, Copy)]
 pub(crate) struct Peer {
@@ -131,6 +44,14 @@ pub(crate) struct Call {
     pub body: Bytes,
     /// Of the body's bytes; a request without a body has none.
     pub reservation: Option<Reservation>,
+    route: &'static Route,
+}
+
+impl Call {
+    /// The fields of the body, of which those in the route's table are known.
+    pub fn fields<'a>(&self, body: &'a Bytes) -> Result<Fields<'a>, ApiError> {
+        Fields::parse(body, self.app.config.limits.max_json_depth, self.route.body)
+    }
 }
 
 /// The routes as a service.
@@ -204,7 +125,7 @@ pub(crate) fn new_id() -> String {
 async fn call(
     app: &Arc<App>,
     record: &Arc<Record>,
-    route: &Route,
+    route: &'static Route,
     param: String,
     request: Request,
 ) -> Result<Call, ApiError> {
@@ -217,7 +138,7 @@ async fn call(
         reservation = Some(app.admission.reserve(Load { bytes: len as u64, ..Load::default() })?);
         body = read_body(app, request.into_body()).await?;
     }
-    Ok(Call { app: app.clone(), caller, record: record.clone(), param, body, reservation })
+    Ok(Call { app: app.clone(), caller, record: record.clone(), param, body, reservation, route })
 }
 
 fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError> {

@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use slora_core::SamplingParams;
+use slora_text::{MAX_STOP_CHARS, MAX_STOPS};
 
 use crate::config::{Limits, SamplingDefaults};
 use crate::errors::ApiError;
 use crate::fields::{Fields, type_error};
+use crate::schema::{Bounds, Field, any_of, boolean, integer, number, number_above, token_id};
 
 /// What both completion routes share.
 #[derive(Debug, Clone)]
@@ -23,51 +25,105 @@ pub(crate) struct Sampling {
     pub truncate_prompt: Option<i64>,
 }
 
-/// Fields that are known, mean something to other servers, and are refused unless they say nothing. As JSON.
-const UNSUPPORTED: &[(&str, &[&str])] = &[
-    ("best_of", &["1"]),
-    ("suffix", &["\"\""]),
-    ("tools", &["[]"]),
-    ("tool_choice", &["\"none\"", "\"auto\""]),
-    ("functions", &["[]"]),
-    ("function_call", &["\"none\"", "\"auto\""]),
-    ("response_format", &["{\"type\":\"text\"}"]),
-    ("structured_outputs", &["{}"]),
-    ("guided_json", &[]),
-    ("guided_regex", &[]),
-    ("guided_choice", &["[]"]),
-    ("guided_grammar", &[]),
-    ("guided_json_object", &["false"]),
-    ("allowed_token_ids", &["[]"]),
-    ("bad_words", &["[]"]),
-    ("use_beam_search", &["false"]),
-    ("length_penalty", &["1", "1.0"]),
-    ("early_stopping", &["false"]),
-    ("modalities", &["[\"text\"]", "[]"]),
-    ("audio", &[]),
-    ("prediction", &[]),
-    ("web_search_options", &[]),
-    ("store", &["false"]),
-    ("priority", &["0"]),
-    ("cache_salt", &["\"\""]),
-    ("spaces_between_special_tokens", &["true"]),
-    ("return_tokens_as_token_ids", &["false"]),
-    ("lora_path", &["[]"]),
-    ("kv_transfer_params", &["{}"]),
-    ("logits_processors", &["[]"]),
-    ("mm_processor_kwargs", &["{}"]),
+/// Fields that both routes have, `stream` and what is ignored or refused included.
+pub(crate) const FIELDS: &[Field] = &[
+    Field::optional("max_tokens", "Most tokens to generate; `max_completion_tokens` goes before it.", max_tokens),
+    Field::optional("max_completion_tokens", "Most tokens to generate.", max_tokens),
+    Field::optional("n", "Choices for each prompt; over all prompts no more than the maximum.", |bounds| {
+        integer(1, bounds.max_n as i64)
+    }),
+    Field::optional("temperature", "0: the likeliest token.", |_| number(0.0, 100.0)),
+    Field::optional("top_p", "Keeps the likeliest tokens that together have this probability.", |_| {
+        number_above(0.0, 1.0)
+    }),
+    Field::optional("top_k", "Keeps so many of the likeliest tokens; 0 and -1: all.", |_| integer(-1, i64::MAX)),
+    Field::optional("min_p", "Drops tokens less likely than this share of the likeliest.", |_| number(0.0, 1.0)),
+    Field::optional("presence_penalty", "For tokens that the output holds.", |_| number(-2.0, 2.0)),
+    Field::optional("frequency_penalty", "For every time that the output holds a token.", |_| number(-2.0, 2.0)),
+    Field::optional("repetition_penalty", "For tokens in prompt or output; 1: off.", |_| number_above(0.0, 100.0)),
+    Field::optional("logit_bias", "From token ids to what is added to their logits.", |_| {
+        json!({
+            "type": "object", "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+            "additionalProperties": number(-100.0, 100.0), "maxProperties": SamplingParams::MAX_BIAS,
+        })
+    }),
+    Field::optional("seed", "The same seed and request: the same tokens.", |_| integer(i64::MIN, i64::MAX)),
+    Field::optional("stop", "Strings that end the text.", |_| {
+        let stop = json!({"type": "string", "maxLength": MAX_STOP_CHARS});
+        any_of(&[stop.clone(), json!({"type": "array", "items": stop, "maxItems": MAX_STOPS})])
+    }),
+    Field::optional(
+        "stop_token_ids",
+        "Further tokens that end the text.",
+        |bounds| json!({"type": "array", "items": token_id(bounds), "maxItems": SamplingParams::MAX_STOP_TOKENS}),
+    ),
+    Field::optional("include_stop_str_in_output", "Whether a stop string is part of the text.", boolean),
+    Field::optional("min_tokens", "Tokens before which nothing stops.", max_tokens),
+    Field::optional("ignore_eos", "Whether end-of-sequence tokens are tokens like any other.", boolean),
+    Field::optional("skip_special_tokens", "Whether special tokens are left out of the text.", boolean),
+    Field::optional("truncate_prompt_tokens", "Keeps so many of the prompt's last tokens; -1: what fits.", |_| {
+        any_of(&[integer(-1, -1), integer(1, i64::MAX)])
+    }),
+    Field::optional("prompt_logprobs", "Log-probabilities of the prompt, with so many best tokens.", logprobs),
+    Field::optional("return_token_ids", "Whether the answer has token ids too.", boolean),
+    Field::optional("stream", "Whether the answer is a stream of events.", boolean),
+    Field::optional("stream_options", "What a stream carries besides; only with `stream`.", |_| {
+        let flag = json!({"type": ["boolean", "null"]});
+        let flags = json!({"include_usage": flag, "continuous_usage_stats": flag, "include_obfuscation": flag});
+        json!({"type": "object", "properties": flags})
+    }),
+    Field::ignored("user"),
+    Field::ignored("metadata"),
+    Field::ignored("service_tier"),
+    Field::ignored("parallel_tool_calls"),
+    Field::ignored("safety_identifier"),
+    Field::ignored("prompt_cache_key"),
+    Field::ignored("verbosity"),
+    Field::ignored("request_id"),
+    Field::unsupported("best_of", &["1"]),
+    Field::unsupported("suffix", &["\"\""]),
+    Field::unsupported("tools", &["[]"]),
+    Field::unsupported("tool_choice", &["\"none\"", "\"auto\""]),
+    Field::unsupported("functions", &["[]"]),
+    Field::unsupported("function_call", &["\"none\"", "\"auto\""]),
+    Field::unsupported("response_format", &["{\"type\":\"text\"}"]),
+    Field::unsupported("structured_outputs", &["{}"]),
+    Field::unsupported("guided_json", &[]),
+    Field::unsupported("guided_regex", &[]),
+    Field::unsupported("guided_choice", &["[]"]),
+    Field::unsupported("guided_grammar", &[]),
+    Field::unsupported("guided_json_object", &["false"]),
+    Field::unsupported("allowed_token_ids", &["[]"]),
+    Field::unsupported("bad_words", &["[]"]),
+    Field::unsupported("use_beam_search", &["false"]),
+    Field::unsupported("length_penalty", &["1", "1.0"]),
+    Field::unsupported("early_stopping", &["false"]),
+    Field::unsupported("modalities", &["[\"text\"]", "[]"]),
+    Field::unsupported("audio", &[]),
+    Field::unsupported("prediction", &[]),
+    Field::unsupported("web_search_options", &[]),
+    Field::unsupported("store", &["false"]),
+    Field::unsupported("priority", &["0"]),
+    Field::unsupported("cache_salt", &["\"\""]),
+    Field::unsupported("spaces_between_special_tokens", &["true"]),
+    Field::unsupported("return_tokens_as_token_ids", &["false"]),
+    Field::unsupported("lora_path", &["[]"]),
+    Field::unsupported("kv_transfer_params", &["{}"]),
+    Field::unsupported("logits_processors", &["[]"]),
+    Field::unsupported("mm_processor_kwargs", &["{}"]),
 ];
 
-/// Fields that are accepted and do nothing here, by OpenAI's own meaning.
-const IGNORED: &[&str] =
-    &["user", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key", "verbosity"];
+fn max_tokens(bounds: &Bounds) -> Value {
+    integer(0, bounds.max_context)
+}
+
+/// How many log-probabilities a position may have.
+pub(crate) fn logprobs(_: &Bounds) -> Value {
+    integer(0, SamplingParams::MAX_LOGPROBS)
+}
 
 /// Takes the fields of sampling. `prompt` and what only one route has are taken by the route before.
-pub(crate) fn take(fields: &mut Fields, defaults: &SamplingDefaults, limits: &Limits) -> Result<Sampling, ApiError> {
-    for (name, idle) in UNSUPPORTED {
-        fields.refuse(name, idle)?;
-    }
-    fields.ignore(IGNORED);
+pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults, limits: &Limits) -> Result<Sampling, ApiError> {
     let n: u32 = fields.take("n")?.unwrap_or(1);
     if n == 0 || n as usize > limits.max_n {
         return Err(ApiError::invalid("n", format!("n is {n}, it must be 1 to {}", limits.max_n)));
@@ -135,7 +191,7 @@ fn top_k_tokens(top_k: i64) -> Result<u32, ApiError> {
 }
 
 /// -1: what the context holds; else so many of the last tokens.
-fn truncation(fields: &mut Fields) -> Result<Option<i64>, ApiError> {
+fn truncation(fields: &Fields) -> Result<Option<i64>, ApiError> {
     let keep: Option<i64> = fields.take("truncate_prompt_tokens")?;
     match keep {
         Some(keep) if keep < -1 || keep == 0 => {
@@ -147,11 +203,11 @@ fn truncation(fields: &mut Fields) -> Result<Option<i64>, ApiError> {
 }
 
 /// A map from token ids, as strings, to numbers.
-fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, ApiError> {
+fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
     let Some(map) = fields.take::<HashMap<String, f32>>("logit_bias")? else { return Ok(Vec::new()) };
     let mut bias = Vec::with_capacity(map.len());
     for (token, value) in map {
-        let Ok(id) = token.parse::<u32>() else {
+        let Some(id) = token.parse::<u32>().ok().filter(|id| id.to_string() == token) else {
             let message = format!("logit_bias: {:?} is not a token id", crate::fields::shown(&token));
             return Err(ApiError::invalid("logit_bias", message));
         };
@@ -166,7 +222,7 @@ fn logit_bias(fields: &mut Fields) -> Result<Vec<(u32, f32)>, ApiError> {
 }
 
 /// A string, or a list of them.
-fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+fn stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
     let Some(raw) = fields.raw("stop") else { return Ok(Vec::new()) };
     let parsed = if raw.get().starts_with('"') {
         serde_json::from_str(raw.get()).map(|stop| vec![stop])
@@ -174,6 +230,9 @@ fn stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         serde_json::from_str::<Vec<String>>(raw.get())
     };
     let stops: Vec<String> = parsed.map_err(|error| type_error("stop", &error))?;
+    if stops.len() > MAX_STOPS {
+        return Err(ApiError::invalid("stop", format!("stop has {} entries, the limit is {MAX_STOPS}", stops.len())));
+    }
     // An empty string stops nothing: clients send it for "none".
     Ok(stops.into_iter().filter(|stop| !stop.is_empty()).collect())
 }
@@ -187,7 +246,7 @@ pub(crate) struct Streaming {
 }
 
 /// `stream` and `stream_options`.
-pub(crate) fn take_streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
+pub(crate) fn take_streaming(fields: &Fields) -> Result<Streaming, ApiError> {
     let is_on = fields.take("stream")?.unwrap_or(false);
     let Some(options) = fields.take::<Value>("stream_options")? else {
         return Ok(Streaming { is_on, ..Streaming::default() });
@@ -213,8 +272,8 @@ mod tests {
     use super::*;
 
     fn taken(body: &str) -> Result<Sampling, ApiError> {
-        let mut fields = Fields::parse(body.as_bytes(), 64)?;
-        take(&mut fields, &SamplingDefaults::default(), &Limits::default())
+        let fields = Fields::parse(body.as_bytes(), 64, &[FIELDS])?;
+        take(&fields, &SamplingDefaults::default(), &Limits::default())
     }
 
     #[test]
@@ -250,7 +309,9 @@ mod tests {
         assert_eq!([stops(16, 256), stops(17, 256), stops(16, 257)], [true, false, false]);
         assert_eq!(taken(r#"{"stop": ""}"#).unwrap().stops.len(), 0);
         assert!(taken(r#"{"logit_bias": {"1": 101}}"#).is_err());
-        assert!(taken(r#"{"logit_bias": {"x": 1}}"#).is_err());
+        for token in ["x", "+1", "01", "-1", ""] {
+            assert!(taken(&format!("{{\"logit_bias\": {{\"{token}\": 1}}}}")).is_err(), "{token}");
+        }
     }
 
     #[test]

@@ -12,30 +12,51 @@ use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
 use crate::inference::check_text_len;
 use crate::router::{Answer, Call, json_response};
+use crate::schema::{self, Field, MODEL, boolean, token_id};
+
+/// Fields of `/tokenize`: a text or a chat.
+pub(crate) const TOKENIZE_FIELDS: &[Field] = &[
+    MODEL,
+    Field::optional("prompt", "The text; either this or `messages` must be there.", schema::text),
+    Field::optional("messages", "The conversation.", chat::messages),
+    Field::optional(
+        "add_special_tokens",
+        "Whether special tokens are added to a text; a template has its own.",
+        boolean,
+    ),
+    Field::optional("return_token_strs", "Whether tokens are shown as text too.", boolean),
+];
+
+/// Fields of `/detokenize`.
+pub(crate) const DETOKENIZE_FIELDS: &[Field] = &[
+    MODEL,
+    Field::required("tokens", "Token ids.", |bounds| json!({"type": "array", "items": token_id(bounds)})),
+    Field::optional("skip_special_tokens", "Whether special tokens are left out of the text.", boolean),
+];
 
 fn text(app: &App) -> Result<Arc<TextModel>, ApiError> {
     app.runtime.text().cloned().ok_or_else(no_tokenizer)
 }
 
-/// `model` may be left out here; where it is given, the caller must be allowed to use it.
-fn check_model(call: &Call, fields: &mut Fields) -> Result<(), ApiError> {
-    match fields.take("model")? {
-        Some(model) => call.app.resolve(&call.caller, model).map(drop),
-        None => Ok(()),
-    }
+/// The caller must be allowed to use the model.
+fn check_model(call: &Call, fields: &Fields) -> Result<(), ApiError> {
+    call.app.resolve(&call.caller, fields.take("model")?).map(drop)
 }
 
 /// Text or messages → ids.
 pub(crate) async fn tokenize(call: Call) -> Answer {
     let app = call.app.clone();
-    let mut fields = Fields::parse(&call.body, app.config.limits.max_json_depth)?;
-    check_model(&call, &mut fields)?;
+    let fields = call.fields(&call.body)?;
+    check_model(&call, &fields)?;
     let model = text(&app)?;
     let shows_tokens = fields.take("return_token_strs")?.unwrap_or(false);
     let adds_special: Option<bool> = fields.take("add_special_tokens")?;
     let pool = app.clone();
     let prompt: Option<String> = fields.take("prompt")?;
-    let input = if prompt.is_none() { Some(chat::take_input(&app, &mut fields)?) } else { None };
+    if prompt.is_some() && fields.raw("messages").is_some() {
+        return Err(ApiError::invalid("messages", "messages and prompt exclude each other"));
+    }
+    let input = if prompt.is_none() { Some(chat::take_input(&app, &fields)?) } else { None };
     app.note_unknown(&fields)?;
     let work = move || {
         let ids = match (prompt, input) {
@@ -57,8 +78,8 @@ pub(crate) async fn tokenize(call: Call) -> Answer {
 /// Ids → text.
 pub(crate) async fn detokenize(call: Call) -> Answer {
     let app = call.app.clone();
-    let mut fields = Fields::parse(&call.body, app.config.limits.max_json_depth)?;
-    check_model(&call, &mut fields)?;
+    let fields = call.fields(&call.body)?;
+    check_model(&call, &fields)?;
     let ids: Vec<u32> = fields.require("tokens")?;
     let skips_special = fields.take("skip_special_tokens")?.unwrap_or(false);
     app.note_unknown(&fields)?;

@@ -1,4 +1,5 @@
 //! A server around a runtime whose executor samples from a script, and a plain HTTP/1.1 client.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -264,4 +265,45 @@ fn unchunked(mut body: &[u8]) -> Vec<u8> {
         all.extend_from_slice(&body[end + 2..end + 2 + len]);
         body = &body[end + 2 + len + 2..];
     }
+}
+
+/// A completion of the base model from one token, so that it says the script from its beginning.
+pub fn completion(max_tokens: u32) -> Value {
+    json!({"model": "base", "prompt": "x", "add_special_tokens": false, "max_tokens": max_tokens, "temperature": 0})
+}
+
+pub fn with(mut body: Value, fields: Value) -> Value {
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    body
+}
+
+pub fn text_of(events: &[Value], index: usize) -> String {
+    let choices = events.iter().flat_map(|event| event["choices"].as_array().unwrap());
+    choices.filter(|choice| choice["index"] == index).filter_map(|choice| choice["text"].as_str()).collect()
+}
+
+/// Events that bring text. The end of a choice may come with its last token's event or in one of its own.
+pub fn num_shown(events: &[Value]) -> usize {
+    let is_shown = |event: &&Value| {
+        let choice = &event["choices"][0];
+        let text = choice["text"].as_str().or(choice["delta"]["content"].as_str());
+        text.is_some_and(|text| !text.is_empty())
+    };
+    events.iter().filter(is_shown).count()
+}
+
+pub fn copy_adapter(from: &str, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(example("adapters").join(from).join(file), to.join(file)).unwrap();
+    }
+}
+
+/// A folder of adapters, and a configuration that lets an admin load them.
+pub fn adapter_root() -> (tempfile::TempDir, Value) {
+    let folder = tempfile::tempdir().unwrap();
+    copy_adapter("reverse", &folder.path().join("reverse"));
+    copy_adapter("upper", &folder.path().join("upper"));
+    let config = json!({"adapter_roots": [folder.path()], "admin_keys": ["admin"], "api_keys": ["user"]});
+    (folder, config)
 }
