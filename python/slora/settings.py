@@ -185,6 +185,12 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
             ("override_generation_config",),
             metavar="JSON",
         ),
+        Setting(
+            "generation_config",
+            text,
+            "defaults behind those: auto, the model folder's generation_config.json; vllm: none; else a folder",
+            metavar="auto|vllm|DIR",
+        ),
     ),
     "adapters": (
         Setting(
@@ -274,7 +280,6 @@ VLLM_HINTS = {
     "tokenizer": "the tokenizer is the model folder's",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
     "chat_template": "templates come from the model's folder",
-    "generation_config": "--sampling-defaults sets them one by one",
     "disable_log_requests": "--no-access-log",
     "enable_log_requests": "requests are logged without their prompts, always",
     "disable_uvicorn_access_log": "--no-access-log",

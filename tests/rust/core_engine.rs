@@ -88,7 +88,7 @@ fn a_failed_adapter_stays_failed_until_it_is_replaced() {
     world.answer_oldest_load(true);
     assert_eq!(world.num_ended["failed"], 2);
     let info = world.engine.adapter_info("x").unwrap();
-    assert_eq!((info.state, info.reason.is_some()), (AdapterState::Failed, true));
+    assert_eq!((info.state, info.failure.is_some()), (AdapterState::Failed, true));
     let refused = world.submit(Some("x"), vec![1], greedy(1)).unwrap_err();
     assert!(refused.to_string().starts_with("adapter \"x\" could not be loaded: content"), "{refused}");
     world.engine.pin("x").unwrap();
@@ -110,7 +110,7 @@ fn a_replacement_that_fails_leaves_the_version_before_it() {
     world.answer_oldest_load(true);
     let info = world.engine.adapter_info("x").unwrap();
     assert_eq!((info.version, info.state, info.replacing), (1, AdapterState::Resident, false));
-    assert!(info.reason.unwrap().contains("is bad"), "the reason is told");
+    assert!(info.failure.unwrap().message.contains("is bad"), "the reason is told");
     submit(&mut world, Some("x"), 5, 3);
     world.run_to_the_end();
     assert_eq!(world.num_ended["length"], 2);

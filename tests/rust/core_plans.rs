@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use core_world::plan::{Plan, PlanReader};
 use slora_core::{
-    AdapterId, AdapterSpec, EndReason, Engine, EngineConfig, Events, Load, NewRequest, RequestId, SamplingParams,
+    AdapterId, AdapterSpec, EndReason, Engine, EngineConfig, Events, Load, LoadFailure, NewRequest, RequestId,
+    SamplingParams,
 };
 
 const EOS: i32 = 0;
@@ -150,7 +151,7 @@ impl Scene {
     fn answer_load(&mut self, words: &Words<'_>) {
         let load = self.loads.remove(0);
         if words.has("failed") {
-            self.engine.load_failed(load.adapter, "its file is bad".into());
+            self.engine.load_failed(load.adapter, LoadFailure { code: "bad", message: "its file is bad".into() });
         } else {
             self.engine.load_finished(load.adapter);
         }
@@ -246,7 +247,7 @@ impl Scene {
         for end in events.ended {
             let reason = match end.reason {
                 EndReason::Stop(token) => format!("token {token}"),
-                EndReason::AdapterFailed(reason) => format!("adapter failed: {reason}"),
+                EndReason::AdapterFailed(failure) => format!("adapter failed: {failure}"),
                 other => format!("{other:?}").to_lowercase(),
             };
             writeln!(self.out, "{} ends: {reason}", self.requests[end.request.0 as usize]).unwrap();

@@ -310,9 +310,10 @@ fn an_adapter_whose_file_changed_fails_its_requests_with_the_reason() {
     std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
     let delta = world.run(Submission { adapter: Some("changed".into()), ..world.submission("a", 3) });
     match delta.end {
-        Some(End::Error(RequestError::AdapterFailed { name, reason })) => {
+        Some(End::Error(RequestError::AdapterFailed { name, failure })) => {
             assert_eq!(&*name, "changed");
-            assert!(reason.contains("adapter_model.safetensors"), "{reason}");
+            assert_eq!(failure.code, "changed");
+            assert!(failure.message.contains("adapter_model.safetensors"), "{failure}");
         }
         other => panic!("{other:?}"),
     }

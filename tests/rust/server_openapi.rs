@@ -239,6 +239,26 @@ fn a_strict_server_and_one_without_keys_document_themselves_so() {
 }
 
 #[test]
+fn the_models_own_defaults_are_taken_and_documented() {
+    let model = tempfile::tempdir().unwrap();
+    let file = model.path().join("generation_config.json");
+    std::fs::write(&file, r#"{"do_sample": true, "temperature": 0.6, "top_k": 20}"#).unwrap();
+    let config = json!({"model": model.path(), "sampling_defaults": {"top_k": 5}});
+    let properties = |config: &Value| {
+        let document = World::configured(config.clone()).get("/openapi.json").json();
+        document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+            .clone()
+    };
+    let found = properties(&config);
+    assert_eq!([&found["temperature"]["default"], &found["top_k"]["default"]], [&json!(0.6), &json!(5)]);
+    assert!(properties(&with(config, json!({"generation_config": "vllm"})))["temperature"].get("default").is_none());
+    std::fs::write(file, "{").unwrap();
+    let world = World::new();
+    let config = serde_json::from_value(json!({"port": 0, "model": model.path()})).unwrap();
+    assert!(slora_server::Server::start(config, world.runtime.clone()).is_err());
+}
+
+#[test]
 fn without_a_model_the_base_answers() {
     let world = World::new();
     let answer = world.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 1})).json();

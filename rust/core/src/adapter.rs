@@ -39,6 +39,21 @@ pub enum AdapterState {
     Failed,
 }
 
+/// Why an adapter could not be loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadFailure {
+    /// For programs: stable.
+    pub code: &'static str,
+    /// For people.
+    pub message: Arc<str>,
+}
+
+impl std::fmt::Display for LoadFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
 /// What [`Engine::adapter_info`](crate::Engine::adapter_info) tells.
 #[derive(Clone, Debug)]
 pub struct AdapterInfo {
@@ -51,7 +66,7 @@ pub struct AdapterInfo {
     /// Where its weights are.
     pub state: AdapterState,
     /// Why it failed, or why its replacement did.
-    pub reason: Option<Arc<str>>,
+    pub failure: Option<LoadFailure>,
     /// Pages of its image.
     pub num_pages: u32,
     /// Bytes of weights.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, Load};
+use crate::adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, Load, LoadFailure};
 use crate::engine::Engine;
 use crate::event::EndReason;
 use crate::registry::{DeviceImage, HostImage, Name};
@@ -143,22 +143,22 @@ impl Engine {
     ///
     /// A version that failed is not tried again: it stays failed, with its reason, and takes no requests until its name is
     /// replaced, or unloaded and registered anew. A replacement that fails is forgotten, and the version before it stays.
-    pub fn load_failed(&mut self, id: AdapterId, reason: Arc<str>) {
+    pub fn load_failed(&mut self, id: AdapterId, failure: LoadFailure) {
         let Some(index) = self.registry.find(id) else { return };
         let (pages, was_cancelled) = self.end_load(id, index);
         let step = self.step;
         pages.iter().for_each(|page| self.host_pages.free(*page, step));
         self.stats.load_failures += u64::from(!was_cancelled);
         let adapter = self.registry.get_mut(index);
-        adapter.failure = Some(reason.clone());
+        adapter.failure = Some(failure.clone());
         let name = adapter.name.clone();
         let waiting: Vec<u32> = adapter.waiting.values().copied().collect();
         for place in waiting {
-            self.finish(place, EndReason::AdapterFailed(reason.clone()));
+            self.finish(place, EndReason::AdapterFailed(failure.clone()));
         }
         if let Some(entry) = self.registry.names.get_mut(&name).filter(|entry| entry.next == Some(index)) {
             entry.next = None;
-            entry.replace_failure = Some(reason);
+            entry.replace_failure = Some(failure);
             self.retire(index);
         } else if self.registry.find(id).is_some() {
             self.refresh(index);

@@ -207,7 +207,7 @@ impl Engine {
         let entry = self.registry.names.get(name).ok_or_else(|| SubmitError::UnknownAdapter(name.clone()))?;
         match &self.registry.get(entry.current).failure {
             None => Ok(entry.current),
-            Some(reason) => Err(SubmitError::AdapterFailed { name: name.clone(), reason: reason.clone() }),
+            Some(failure) => Err(SubmitError::AdapterFailed { name: name.clone(), failure: failure.clone() }),
         }
     }
 

@@ -1,8 +1,6 @@
 //! What happened: the flat arrays that `commit` and the other calls leave behind.
 
-use std::sync::Arc;
-
-use crate::RequestId;
+use crate::{LoadFailure, RequestId};
 
 /// Why a request ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +13,7 @@ pub enum EndReason {
     /// The client's wish.
     Cancelled,
     /// Its adapter could not be loaded, for this reason.
-    AdapterFailed(Arc<str>),
+    AdapterFailed(LoadFailure),
     /// The model's logits were not finite.
     NotFinite,
 }

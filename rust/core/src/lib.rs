@@ -26,7 +26,7 @@ mod sampling;
 mod schedule;
 mod stats;
 
-pub use adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, AdapterState, Load};
+pub use adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, AdapterState, Load, LoadFailure};
 pub use config::{ConfigError, EngineConfig, Eviction};
 pub use engine::Engine;
 pub use event::{EndEvent, EndReason, Events, PromptEvent, TokenEvent};

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::adapter::{AdapterId, AdapterInfo, AdapterSpec, AdapterState};
+use crate::adapter::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, LoadFailure};
 
 /// An image in the host tier.
 #[derive(Debug, Default)]
@@ -68,7 +68,7 @@ pub(crate) struct Adapter {
     pub is_retired: bool,
     /// The loader was asked to stop.
     pub is_load_cancelled: bool,
-    pub failure: Option<Arc<str>>,
+    pub failure: Option<LoadFailure>,
     pub descriptor_row: Option<u32>,
     /// Recent use: a count that halves every [`HALF_LIFE_US`].
     use_count: f64,
@@ -155,7 +155,7 @@ pub(crate) struct Name {
     pub next: Option<u32>,
     pub versions: u32,
     /// Why the last replacement failed.
-    pub replace_failure: Option<Arc<str>>,
+    pub replace_failure: Option<LoadFailure>,
 }
 
 /// All versions, by place.
@@ -245,7 +245,7 @@ impl Registry {
             name: adapter.name.clone(),
             version: adapter.version,
             state: adapter.state(),
-            reason: adapter.failure.clone().or_else(|| entry.replace_failure.clone()),
+            failure: adapter.failure.clone().or_else(|| entry.replace_failure.clone()),
             num_pages: adapter.spec.num_pages,
             bytes: adapter.spec.bytes,
             pins: adapter.pins,

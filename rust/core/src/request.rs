@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::SamplingParams;
 use crate::sampling::SamplingError;
+use crate::{LoadFailure, SamplingParams};
 
 /// Names a request; chosen by the caller, unique among the unfinished ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,12 +62,12 @@ pub enum SubmitError {
     #[error("no adapter is named {0:?}")]
     UnknownAdapter(Arc<str>),
     /// The adapter could not be loaded.
-    #[error("adapter {name:?} could not be loaded: {reason}")]
+    #[error("adapter {name:?} could not be loaded: {failure}")]
     AdapterFailed {
         /// Its name.
         name: Arc<str>,
         /// Why.
-        reason: Arc<str>,
+        failure: LoadFailure,
     },
     /// Request and adapter together would not fit an empty pool.
     #[error(

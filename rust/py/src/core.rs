@@ -320,7 +320,7 @@ fn adapter_dict<'py>(py: Python<'py>, details: &AdapterDetails) -> PyResult<Boun
     dict.set_item("name", &*info.name)?;
     dict.set_item("version", info.version)?;
     dict.set_item("state", state)?;
-    dict.set_item("reason", info.reason.as_deref())?;
+    dict.set_item("reason", info.failure.as_ref().map(|failure| &*failure.message))?;
     dict.set_item("num_pages", info.num_pages)?;
     dict.set_item("bytes", info.bytes)?;
     dict.set_item("pins", info.pins)?;

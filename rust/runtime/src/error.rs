@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use slora_core::SubmitError;
+use slora_core::{LoadFailure, SubmitError};
 use slora_text::TextError;
 
 /// Why a request was refused or ended by an error.
@@ -19,12 +19,12 @@ pub enum RequestError {
     #[error("the model folder has no tokenizer.json, so {0}; hint: send token ids")]
     NoTokenizer(&'static str),
     /// Its adapter could not be loaded.
-    #[error("adapter {name:?} could not be loaded: {reason}")]
+    #[error("adapter {name:?} could not be loaded: {failure}")]
     AdapterFailed {
         /// The adapter's name.
         name: Arc<str>,
         /// Why.
-        reason: Arc<str>,
+        failure: LoadFailure,
     },
     /// The model computed NaN or infinity for it.
     #[error("the model's logits are not finite for this request; hint: check the adapter's and the base's weights")]

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use slora_core::{AdapterId, NewRequest, RequestId};
+use slora_core::{AdapterId, LoadFailure, NewRequest, RequestId};
 
 use crate::output::Channel;
 use crate::stepper::Stepper;
@@ -19,7 +19,7 @@ pub(crate) enum Command {
     /// The text of the request's first generated tokens holds no stop string.
     Checked(RequestId, u32),
     /// A load was answered: nothing, or the reason why not, and how long it took.
-    Loaded(AdapterId, Result<(), Arc<str>>, Duration),
+    Loaded(AdapterId, Result<(), LoadFailure>, Duration),
     Call(Box<dyn FnOnce(&mut Stepper) + Send>),
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use slora_core::AdapterId;
+use slora_core::{AdapterId, LoadFailure};
 use slora_store::{Adapter, HostPages};
 
 use crate::inbox::{Command, Inbox};
@@ -21,7 +21,7 @@ struct Job {
     is_cancelled: AtomicBool,
     next_part: AtomicUsize,
     parts_left: AtomicUsize,
-    failure: Mutex<Option<Arc<str>>>,
+    failure: Mutex<Option<LoadFailure>>,
 }
 
 #[derive(Default)]
@@ -30,11 +30,22 @@ struct Jobs {
     open: VecDeque<Arc<Job>>,
     /// All that were not answered.
     unanswered: Vec<Arc<Job>>,
+    /// Loaded adapters whose files are yet to be hashed: a load never waits for that.
+    unhashed: VecDeque<Arc<Adapter>>,
+    /// One thread does; the others are there for loads.
+    is_hashing: bool,
     is_closed: bool,
+}
+
+enum Work {
+    Pack(Arc<Job>, usize),
+    Hash(Arc<Adapter>),
 }
 
 struct Shared {
     jobs: Mutex<Jobs>,
+    /// Hashing stops too.
+    is_closing: AtomicBool,
     condvar: Condvar,
     inbox: Arc<Inbox>,
 }
@@ -47,7 +58,12 @@ pub(crate) struct Loader {
 
 impl Loader {
     pub fn new(num_threads: usize, inbox: Arc<Inbox>) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { jobs: Mutex::default(), condvar: Condvar::new(), inbox });
+        let shared = Arc::new(Shared {
+            jobs: Mutex::default(),
+            is_closing: AtomicBool::new(false),
+            condvar: Condvar::new(),
+            inbox,
+        });
         let threads = (0..num_threads.max(1))
             .map(|i| {
                 let shared = shared.clone();
@@ -88,6 +104,7 @@ impl Loader {
         let mut jobs = self.shared.lock();
         jobs.is_closed = true;
         jobs.unanswered.iter().for_each(|job| job.is_cancelled.store(true, Ordering::Relaxed));
+        self.shared.is_closing.store(true, Ordering::Relaxed);
         drop(jobs);
         self.shared.condvar.notify_all();
         for thread in self.threads.drain(..) {
@@ -109,26 +126,37 @@ impl Shared {
     }
 
     fn run(&self) {
-        while let Some((job, part)) = self.next_part() {
-            let pack = || job.adapter.pack_part(part, &job.pages, &job.is_cancelled);
-            let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(pack)) {
-                Ok(Ok(_)) => None,
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some("the loader panicked".to_owned()),
-            };
-            if let Some(failure) = failure {
-                let mut first = job.failure.lock().unwrap_or_else(PoisonError::into_inner);
-                first.get_or_insert_with(|| failure.into());
-                job.is_cancelled.store(true, Ordering::Relaxed);
-            }
-            if job.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.answer(&job);
+        while let Some(work) = self.next_work() {
+            match work {
+                Work::Pack(job, part) => self.pack(&job, part),
+                // A file that cannot be read any more has no hash; the next load says why.
+                Work::Hash(adapter) => {
+                    let _ = adapter.hash(&self.is_closing);
+                    self.lock().is_hashing = false;
+                }
             }
         }
     }
 
-    /// The next part to pack; `None`: the pool is closed.
-    fn next_part(&self) -> Option<(Arc<Job>, usize)> {
+    fn pack(&self, job: &Job, part: usize) {
+        let pack = || job.adapter.pack_part(part, &job.pages, &job.is_cancelled);
+        let failure = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(pack)) {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(LoadFailure { code: error.code(), message: error.to_string().into() }),
+            Err(_) => Some(LoadFailure { code: "internal", message: "the loader panicked".into() }),
+        };
+        if let Some(failure) = failure {
+            let mut first = job.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            first.get_or_insert(failure);
+            job.is_cancelled.store(true, Ordering::Relaxed);
+        }
+        if job.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.answer(job);
+        }
+    }
+
+    /// The next thing to do, loads before hashes; `None`: the pool is closed.
+    fn next_work(&self) -> Option<Work> {
         let mut jobs = self.lock();
         loop {
             if jobs.is_closed {
@@ -139,18 +167,30 @@ impl Shared {
                 if part + 1 >= job.adapter.num_parts() {
                     jobs.open.pop_front();
                 }
-                return Some((job, part));
+                return Some(Work::Pack(job, part));
+            }
+            if !jobs.is_hashing
+                && let Some(adapter) = jobs.unhashed.pop_front()
+            {
+                jobs.is_hashing = true;
+                return Some(Work::Hash(adapter));
             }
             jobs = self.condvar.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn answer(&self, job: &Job) {
-        self.lock().unanswered.retain(|other| other.id != job.id);
         let result = match job.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             None => Ok(()),
-            Some(reason) => Err(reason),
+            Some(failure) => Err(failure),
         };
+        let mut jobs = self.lock();
+        jobs.unanswered.retain(|other| other.id != job.id);
+        if result.is_ok() && job.adapter.sha256().is_none() {
+            jobs.unhashed.push_back(job.adapter.clone());
+        }
+        drop(jobs);
+        self.condvar.notify_one();
         // A closed inbox: nobody waits for the adapter any more.
         let _ = self.inbox.push(Command::Loaded(job.id, result, job.started.elapsed()));
     }

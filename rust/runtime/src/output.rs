@@ -226,9 +226,9 @@ impl Channel {
             EndReason::Stop(token) => End::StopToken(token),
             EndReason::Length => End::Length,
             EndReason::Cancelled => End::Cancelled,
-            EndReason::AdapterFailed(reason) => {
+            EndReason::AdapterFailed(failure) => {
                 let name = self.spec.adapter.clone().unwrap_or_default();
-                End::Error(RequestError::AdapterFailed { name, reason })
+                End::Error(RequestError::AdapterFailed { name, failure })
             }
             _ => End::Error(RequestError::NotFinite),
         });

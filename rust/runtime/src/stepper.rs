@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
-use slora_core::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, Counts, Engine, Events, RequestId};
+use slora_core::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, Counts, Engine, Events, LoadFailure, RequestId};
 use slora_store::Adapter;
 
 use crate::delivery::Message;
@@ -150,7 +150,7 @@ impl Stepper {
                     self.snapshot.load_us += elapsed.as_micros() as u64;
                     match result {
                         Ok(()) => self.engine.load_finished(id),
-                        Err(reason) => self.engine.load_failed(id, reason),
+                        Err(failure) => self.engine.load_failed(id, failure),
                     }
                 }
                 Command::Call(call) => call(self),
@@ -176,7 +176,8 @@ impl Stepper {
         }
         while let Some(load) = self.engine.next_load() {
             let Some(adapter) = self.adapters.get(&load.adapter) else {
-                self.engine.load_failed(load.adapter, "its checkpoint is no longer known".into());
+                let message = "its checkpoint is no longer known".into();
+                self.engine.load_failed(load.adapter, LoadFailure { code: "internal", message });
                 continue;
             };
             self.loader.start(load.adapter, adapter.clone(), self.host.pages(&load.pages));

@@ -94,7 +94,16 @@ pub(crate) async fn put(call: Call) -> Answer {
             details(app, &name)
         }
     };
-    Ok(json_response(&resource(&call.app.call(work).await?)))
+    Ok(json_response(&resource(&call.app.call(work).await.map_err(in_resource)?)))
+}
+
+/// The fields of vLLM's endpoints have other names than the resource's.
+fn in_resource(error: ApiError) -> ApiError {
+    match error.param.as_deref() {
+        Some("lora_path") => error.with_param("path"),
+        Some("lora_name") => error.with_param("name"),
+        _ => error,
+    }
 }
 
 /// `DELETE /v1/adapters/{name}`.
@@ -115,7 +124,7 @@ pub(crate) async fn validate(call: Call) -> Answer {
         let path = confine(&app.roots, &path)?;
         Ok(app.runtime.validate(&path).map_err(|error| checkpoint_error(&error))?.to_json())
     };
-    Ok(typed_response("application/json", call.app.call(work).await?))
+    Ok(typed_response("application/json", call.app.call(work).await.map_err(in_resource)?))
 }
 
 fn plain(text: String) -> Response<Body> {
@@ -155,6 +164,10 @@ fn register(
     Ok(registered)
 }
 
+fn hex(bytes: &[u8; 32]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn resource(details: &AdapterDetails) -> Value {
     let info = &details.info;
     let report = details.checkpoint.as_ref().map(|adapter| adapter.report());
@@ -167,9 +180,11 @@ fn resource(details: &AdapterDetails) -> Value {
     };
     json!({
         "object": "adapter", "name": &*info.name, "version": info.version, "state": state, "tier": tier,
-        "reason": info.reason.as_deref(), "pinned": info.pinned, "replacing": info.replacing,
+        "reason": info.failure.as_ref().map(|failure| failure.code),
+        "message": info.failure.as_ref().map(|failure| &*failure.message), "pinned": info.pinned, "replacing": info.replacing,
         "pins": info.pins, "in_flight": info.unfinished, "num_pages": info.num_pages, "bytes": info.bytes,
         "path": report.map(|report| report.folder.to_string_lossy()),
+        "sha256": details.checkpoint.as_ref().and_then(|adapter| adapter.sha256()).map(hex),
         "min_rank": report.map(|report| report.min_rank), "max_rank": report.map(|report| report.max_rank),
         "targets": report.map(|report| report.targets()),
     })

@@ -112,6 +112,7 @@ impl App {
             max_context: engine.max_context,
             vocab_size: engine.vocab_size,
             base_names: self.base_names.clone(),
+            defaults: self.config.sampling_defaults.clone(),
         }
     }
 

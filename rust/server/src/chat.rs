@@ -45,7 +45,7 @@ pub(crate) fn messages(bounds: &Bounds) -> Value {
     let message = json!({
         "type": "object", "required": ["role", "content"],
         "properties": {
-            "role": {"type": "string", "minLength": 1}, "content": any_of(&[text, parts]),
+            "role": any_of(&[json!({"enum": ["system", "user", "assistant"]}), json!({"type": "string", "minLength": 1})]), "content": any_of(&[text, parts]),
             "tool_calls": {"type": ["array", "null"], "maxItems": 0},
         },
     });

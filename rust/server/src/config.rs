@@ -35,7 +35,7 @@ pub struct AdapterFlag {
     pub pinned: bool,
 }
 
-/// The model's own defaults (`generation_config.json`) for fields that a request leaves out.
+/// For fields that a request leaves out.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs, reason = "the names are the request fields'")]
@@ -80,8 +80,10 @@ pub struct ServerConfig {
     pub allowed_origins: Vec<String>,
     /// Whether unknown request fields are refused.
     pub strict_fields: bool,
-    /// The model's own defaults.
+    /// Defaults that go before the model's own.
     pub sampling_defaults: SamplingDefaults,
+    /// Where the model's own come from: `auto`: `generation_config.json` in its folder; `vllm`: nowhere; else that folder.
+    pub generation_config: String,
     /// Prefix of the metrics that other servers have too.
     pub metrics_prefix: String,
     /// Whether each request is logged.
@@ -112,6 +114,7 @@ impl Default for ServerConfig {
             allowed_origins: Vec::new(),
             strict_fields: false,
             sampling_defaults: SamplingDefaults::default(),
+            generation_config: "auto".into(),
             metrics_prefix: "vllm".into(),
             access_log: true,
             num_threads: 0,

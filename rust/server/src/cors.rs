@@ -30,10 +30,13 @@ pub(crate) fn preflight() -> Response<Body> {
     response
 }
 
+/// Headers of answers that pages may read.
+const EXPOSED: &str = "x-request-id, retry-after, x-adapter, x-adapter-version, x-prompt-tokens, x-generated-tokens";
+
 /// Lets pages of `origin` read the answer.
 pub(crate) fn allow(response: &mut Response<Body>, origin: HeaderValue) {
     let headers = response.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("x-request-id, retry-after"));
+    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED));
     headers.insert(header::VARY, HeaderValue::from_static("origin"));
 }

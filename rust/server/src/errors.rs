@@ -19,7 +19,7 @@ pub(crate) struct ApiError {
     /// The field at fault.
     pub param: Option<String>,
     /// The adapter store's own code, behind `adapter_invalid`.
-    pub reason: Option<String>,
+    pub reason: Option<&'static str>,
     pub retry_after_s: Option<u64>,
 }
 
@@ -108,7 +108,7 @@ impl From<RequestError> for ApiError {
             RequestError::Submit(error) => submit_error(error, message),
             RequestError::Text(error) => text_error(&error),
             RequestError::NoTokenizer(_) => bad("no_tokenizer"),
-            RequestError::AdapterFailed { reason, .. } => adapter_failed(message, &reason),
+            RequestError::AdapterFailed { failure, .. } => adapter_failed(message, failure.code),
             RequestError::EngineFailed(_) | RequestError::Closed => ApiError::unavailable(message),
             RequestError::NotFinite => ApiError::internal(message),
             _ => ApiError::internal(message),
@@ -126,16 +126,16 @@ fn submit_error(error: SubmitError, message: String) -> ApiError {
             bad("invalid_value").with_param(&param)
         }
         SubmitError::UnknownAdapter(name) => ApiError::model_not_found(&name),
-        SubmitError::AdapterFailed { reason, .. } => adapter_failed(message, &reason),
+        SubmitError::AdapterFailed { failure, .. } => adapter_failed(message, failure.code),
         SubmitError::QueueFull { .. } => ApiError::overloaded(message, 1),
         _ => ApiError::internal(message),
     }
 }
 
 /// An adapter that is known and cannot be used: the user's affair, and no use in trying again.
-pub(crate) fn adapter_failed(message: String, reason: &str) -> ApiError {
+fn adapter_failed(message: String, reason: &'static str) -> ApiError {
     let mut error = ApiError::new(StatusCode::BAD_REQUEST, "adapter_invalid", message).with_param("model");
-    error.reason = Some(reason.to_owned());
+    error.reason = Some(reason);
     error
 }
 
@@ -164,7 +164,7 @@ impl From<RegisterError> for ApiError {
             RegisterError::Engine(slora_core::AdapterError::Unknown(name)) => ApiError::model_not_found(&name),
             RegisterError::Engine(slora_core::AdapterError::TooLarge { .. }) => {
                 let mut error = bad("adapter_invalid");
-                error.reason = Some("too_many_pages".into());
+                error.reason = Some("too_many_pages");
                 error
             }
             RegisterError::Stopped(error) => error.into(),
@@ -177,12 +177,14 @@ impl From<RegisterError> for ApiError {
 pub(crate) fn checkpoint_error(error: &slora_store::AdapterError) -> ApiError {
     let mut answer =
         ApiError::new(StatusCode::BAD_REQUEST, "adapter_invalid", error.to_string()).with_param("lora_path");
-    answer.reason = Some(error.code().to_owned());
+    answer.reason = Some(error.code());
     answer
 }
 
 #[cfg(test)]
 mod tests {
+    use slora_core::LoadFailure;
+
     use super::*;
 
     #[test]
@@ -200,8 +202,9 @@ mod tests {
         let error = ApiError::from(RequestError::from(too_long));
         assert_eq!((error.status.as_u16(), error.code), (400, "context_length_exceeded"));
         assert!(error.message.contains("maximum context length"));
-        let failed = RequestError::AdapterFailed { name: "a".into(), reason: "nan".into() };
-        assert_eq!(ApiError::from(failed).status.as_u16(), 400);
+        let failure = LoadFailure { code: "changed", message: "another file lies there now".into() };
+        let failed = ApiError::from(RequestError::AdapterFailed { name: "a".into(), failure });
+        assert_eq!((failed.status.as_u16(), failed.reason), (400, Some("changed")));
         let unknown = RequestError::from(SubmitError::UnknownAdapter("x".into()));
         assert_eq!(ApiError::from(unknown).status.as_u16(), 404);
     }

@@ -21,6 +21,7 @@ mod cors;
 mod errors;
 mod fields;
 mod generation;
+mod generation_config;
 mod health;
 mod histogram;
 mod inference;

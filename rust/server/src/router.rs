@@ -18,7 +18,7 @@ use crate::auth::{Caller, Level};
 use crate::cors;
 use crate::errors::ApiError;
 use crate::fields::Fields;
-use crate::record::Record;
+use crate::record::{Facts, Record};
 use crate::routes::{ROUTES, Route};
 
 /// Longest request id of a client's that is taken over.
@@ -211,6 +211,9 @@ fn finish(app: &App, record: &Record, origin: Option<HeaderValue>, result: Answe
     });
     facts.status = response.status().as_u16();
     facts.is_done |= !facts.is_stream;
+    if response.status().is_success() {
+        describe(&mut response, &facts);
+    }
     drop(facts);
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert("x-request-id", id);
@@ -219,6 +222,19 @@ fn finish(app: &App, record: &Record, origin: Option<HeaderValue>, result: Answe
         cors::allow(&mut response, origin);
     }
     response
+}
+
+/// What proxies log without reading bodies: which weights answered and, unless it is a stream, for how many tokens.
+fn describe(response: &mut Response<Body>, facts: &Facts) {
+    let headers = response.headers_mut();
+    if let Some(name) = facts.adapter.as_deref().and_then(|name| HeaderValue::from_str(name).ok()) {
+        headers.insert("x-adapter", name);
+        headers.insert("x-adapter-version", facts.version.into());
+    }
+    if !facts.is_stream && facts.prompt_tokens > 0 {
+        headers.insert("x-prompt-tokens", facts.prompt_tokens.into());
+        headers.insert("x-generated-tokens", facts.completion_tokens.into());
+    }
 }
 
 /// A JSON answer.

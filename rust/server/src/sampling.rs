@@ -9,7 +9,7 @@ use slora_text::{MAX_STOP_CHARS, MAX_STOPS};
 use crate::config::{Limits, SamplingDefaults};
 use crate::errors::ApiError;
 use crate::fields::{Fields, type_error};
-use crate::schema::{Bounds, Field, any_of, boolean, integer, number, number_above, token_id};
+use crate::schema::{Bounds, Field, any_of, boolean, integer, number, number_above, or_default, token_id};
 
 /// What both completion routes share.
 #[derive(Debug, Clone)]
@@ -32,15 +32,23 @@ pub(crate) const FIELDS: &[Field] = &[
     Field::optional("n", "Choices for each prompt; over all prompts no more than the maximum.", |bounds| {
         integer(1, bounds.max_n as i64)
     }),
-    Field::optional("temperature", "0: the likeliest token.", |_| number(0.0, 100.0)),
-    Field::optional("top_p", "Keeps the likeliest tokens that together have this probability.", |_| {
-        number_above(0.0, 1.0)
+    Field::optional("temperature", "0: the likeliest token.", |bounds| {
+        or_default(number(0.0, 100.0), bounds.defaults.temperature)
     }),
-    Field::optional("top_k", "Keeps so many of the likeliest tokens; 0 and -1: all.", |_| integer(-1, i64::MAX)),
-    Field::optional("min_p", "Drops tokens less likely than this share of the likeliest.", |_| number(0.0, 1.0)),
+    Field::optional("top_p", "Keeps the likeliest tokens that together have this probability.", |bounds| {
+        or_default(number_above(0.0, 1.0), bounds.defaults.top_p)
+    }),
+    Field::optional("top_k", "Keeps so many of the likeliest tokens; 0 and -1: all.", |bounds| {
+        or_default(integer(-1, i64::MAX), bounds.defaults.top_k)
+    }),
+    Field::optional("min_p", "Drops tokens less likely than this share of the likeliest.", |bounds| {
+        or_default(number(0.0, 1.0), bounds.defaults.min_p)
+    }),
     Field::optional("presence_penalty", "For tokens that the output holds.", |_| number(-2.0, 2.0)),
     Field::optional("frequency_penalty", "For every time that the output holds a token.", |_| number(-2.0, 2.0)),
-    Field::optional("repetition_penalty", "For tokens in prompt or output; 1: off.", |_| number_above(0.0, 100.0)),
+    Field::optional("repetition_penalty", "For tokens in prompt or output; 1: off.", |bounds| {
+        or_default(number_above(0.0, 100.0), bounds.defaults.repetition_penalty)
+    }),
     Field::optional("logit_bias", "From token ids to what is added to their logits.", |_| {
         json!({
             "type": "object", "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},

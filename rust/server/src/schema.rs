@@ -3,6 +3,8 @@
 
 use serde_json::{Value, json};
 
+use crate::config::SamplingDefaults;
+
 /// What depends on the server rather than on the code.
 pub(crate) struct Bounds {
     pub max_n: usize,
@@ -11,6 +13,8 @@ pub(crate) struct Bounds {
     pub vocab_size: u32,
     /// Names of the base model.
     pub base_names: Vec<String>,
+    /// For fields that are left out.
+    pub defaults: SamplingDefaults,
 }
 
 /// What a field's value may be, as JSON Schema.
@@ -115,6 +119,14 @@ pub(crate) fn number(least: f64, most: f64) -> Value {
 /// A number above `least`.
 pub(crate) fn number_above(least: f64, most: f64) -> Value {
     json!({"type": "number", "exclusiveMinimum": least, "maximum": most})
+}
+
+/// With what is taken if the field is left out, as a number that JSON shows as it was written.
+pub(crate) fn or_default(mut schema: Value, default: Option<impl ToString>) -> Value {
+    if let Some(default) = default.and_then(|default| serde_json::from_str(&default.to_string()).ok()) {
+        schema["default"] = default;
+    }
+    schema
 }
 
 /// A list of at least one.

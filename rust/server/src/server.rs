@@ -20,7 +20,7 @@ use crate::errors::ApiError;
 use crate::log::Log;
 use crate::router::{Peer, router};
 use crate::watch::Watch;
-use crate::{connection, keys_file};
+use crate::{connection, generation_config, keys_file};
 
 /// Bytes that the system keeps for a reader, and doubles: what a stalled one costs. Left to itself, Linux goes to 4 MiB.
 const SEND_BUFFER_BYTES: usize = 64 << 10;
@@ -85,6 +85,7 @@ impl Server {
     /// Whatever is wrong with the configuration's values, its folders or its keys file.
     pub fn check(config: &ServerConfig) -> Result<(), ServeError> {
         check(config)?;
+        generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
         let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path)).transpose();
         keys.map(drop).map_err(ServeError::Config)
@@ -96,8 +97,9 @@ impl Server {
     ///
     /// # Errors
     /// Whatever is wrong with the configuration, an adapter or the address.
-    pub fn start(config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
+    pub fn start(mut config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
         check(&config)?;
+        config.sampling_defaults = generation_config::defaults(&config).map_err(ServeError::Config)?;
         let roots = roots(&config)?;
         let log = Log::start().map_err(ServeError::Threads)?;
         let app = Arc::new(App::new(config, runtime, roots, log));

@@ -1,8 +1,10 @@
 //! A checked, registered checkpoint.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use sha2::{Digest, Sha256};
 
 use crate::accounting::{self, Account, Module};
 use crate::base::{Dtype, MODULES};
@@ -28,7 +30,11 @@ pub struct Adapter {
     words: Arc<[i32]>,
     page_layers: Arc<[u16]>,
     report: Report,
+    sha256: OnceLock<[u8; 32]>,
 }
+
+/// Bytes that are read at a time for the hash.
+const HASH_CHUNK_BYTES: usize = 256 << 10;
 
 impl Adapter {
     /// Reads and checks the checkpoint at `path`, a folder that holds `adapter_config.json` and
@@ -65,6 +71,7 @@ impl Adapter {
             dtype: base.dtype,
             page_bytes: base.page_bytes,
             layout,
+            sha256: OnceLock::new(),
         })
     }
 
@@ -103,6 +110,39 @@ impl Adapter {
     pub fn check_unchanged(&self) -> Result<(), AdapterError> {
         self.config_file.check_unchanged()?;
         self.weights_file.check_unchanged()
+    }
+
+    /// SHA-256 of the safetensors file, once [`hash`](Adapter::hash) has read it.
+    pub fn sha256(&self) -> Option<&[u8; 32]> {
+        self.sha256.get()
+    }
+
+    /// Reads the safetensors file for [`sha256`](Adapter::sha256); does nothing the second time.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read or is no longer the registered one, and `cancel`, which is looked at every chunk.
+    pub fn hash(&self, cancel: &AtomicBool) -> Result<(), AdapterError> {
+        if self.sha256.get().is_some() {
+            return Ok(());
+        }
+        let file = self.weights_file.reopen()?;
+        let mut hasher = Sha256::new();
+        let mut chunk = vec![0; HASH_CHUNK_BYTES.min(self.file_bytes() as usize)];
+        let mut offset = 0;
+        while offset < self.file_bytes() {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(AdapterError::Cancelled);
+            }
+            let len = (self.file_bytes() - offset).min(chunk.len() as u64) as usize;
+            self.weights_file.read_at(&file, &mut chunk[..len], offset)?;
+            hasher.update(&chunk[..len]);
+            offset += len as u64;
+        }
+        self.weights_file.check_unchanged()?;
+        // Whoever was faster found the same.
+        let _ = self.sha256.set(hasher.finalize().into());
+        Ok(())
     }
 
     /// Units of work that threads can pack independently: one for each layer that has weights.

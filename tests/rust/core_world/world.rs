@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slora_core::{
-    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, NewRequest,
-    RequestId, SamplingParams, SubmitError,
+    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, LoadFailure,
+    NewRequest, RequestId, SamplingParams, SubmitError,
 };
 
 use super::executor::{Executor, Output};
@@ -233,7 +233,8 @@ impl World {
         let content = self.contents[&load.adapter];
         if fails {
             self.failed.insert(load.adapter);
-            self.engine.load_failed(load.adapter, format!("content {content} is bad").into());
+            let message = format!("content {content} is bad").into();
+            self.engine.load_failed(load.adapter, LoadFailure { code: "bad", message });
             return;
         }
         self.executor.finish_load(content, &load.pages);
@@ -439,8 +440,8 @@ impl Live {
                 assert!(self.is_cancelled);
                 "cancelled"
             }
-            EndReason::AdapterFailed(reason) => {
-                assert!(failed.contains(&self.adapter.unwrap()) && reason.contains("is bad"));
+            EndReason::AdapterFailed(failure) => {
+                assert!(failed.contains(&self.adapter.unwrap()) && failure.message.contains("is bad"));
                 "failed"
             }
             EndReason::NotFinite => {
