@@ -28,12 +28,13 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
         engine.close()
         raise
     signals = _Signals()
-    print(f"serving {model} on http://{server.address}", flush=True)
+    # One write even where Python's output is not buffered: the server's log goes to the same place.
+    print(f"serving {model} on http://{server.address}\n", end="", flush=True)
     while not signals.count and engine.core.failure is None:
         server.wait(POLL_S)
     failure = engine.core.failure
     if failure is None:
-        print(f"draining for at most {drain_timeout_s} s; a second signal ends at once", flush=True)
+        # Nothing is printed here: a full pipe behind stdout would hold up the end.
         server.begin_drain()
         server.wait(drain_timeout_s)
     server.stop()

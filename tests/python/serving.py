@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ class Served:
     """A running server process on the CPU; on leaving it must end by itself after SIGTERM."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self.log: list[str] = []
         command = [sys.executable, "-m", "slora", "serve", *arguments, "--device", "cpu", "--port", "0"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
@@ -29,6 +31,11 @@ class Served:
         line = next((line for line in self.process.stdout if line.startswith("serving ")), None)
         assert line is not None, f"{command} ended with {self.process.wait()}"
         self.url = line.split()[-1]
+        threading.Thread(target=self._read_log, daemon=True).start()
+
+    def _read_log(self) -> None:
+        assert self.process.stdout is not None
+        self.log.extend(self.process.stdout)
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,9 @@
 """`slora serve` as its users start it: a process, spoken to over HTTP."""
 
 import json
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,3 +81,14 @@ def test_metrics_and_health_tell(served: Served) -> None:
     assert status == 200
     assert "vllm:num_requests_running" in text
     assert "slora:" in text
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    command = [sys.executable, "-m", "slora", "serve", *EXAMPLE, "--device", "cpu", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
+        for _ in range(1000):  # Of lines that together are longer than what a pipe holds.
+            urllib.request.urlopen(f"{url}/health").close()
+        process.terminate()
+        assert process.wait(10) == 0

@@ -155,6 +155,8 @@ impl Server {
     /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
     pub fn begin_drain(&self) {
         self.app.drain();
+        let unfinished = self.app.admission.load().requests;
+        self.app.log.line("draining", json!({"unfinished": unfinished, "hint": "a second signal ends at once"}));
     }
 
     /// Waits until everything that was let in has ended after [`begin_drain`](Self::begin_drain), or the server was
