@@ -95,6 +95,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="folder of the base model")
     parser.add_argument("--config", metavar="FILE", help="YAML: setting: value")
     parser.add_argument("--show-config", action="store_true", help="print what is in force, and exit")
+    parser.add_argument("--enable-lora", action="store_true", help="vLLM's; adapters are always served")
     for title, settings in GROUPS.items():
         group = parser.add_argument_group(title)
         for setting in settings:
@@ -135,34 +136,40 @@ def hint(name: str) -> str:
 
 
 def _from_file(path: Path) -> dict[str, Given]:
-    import yaml
-
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-        content = path.read_text("utf-8")
-        # The tree still has keys that are there twice.
-        tree = yaml.compose(content, yaml.SafeLoader)
-        values = yaml.safe_load(content)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{path}: must be a mapping; hint: port: 8000")
+    keys, values = _read_file(path)
     found: dict[str, Given] = {}
-    for key in [node.value for node, _ in tree.value]:
-        name = str(key).replace("-", "_")
+    for key in keys:
+        name = key.replace("-", "_")
         if name not in BY_NAME:
-            raise ConfigError(f"{path}: unknown key {str(key)!r}; hint: {hint(str(key))}")
+            raise ConfigError(f"{path}: unknown key {key!r}; hint: {hint(key)}")
         setting = BY_NAME[name]
         if setting.name in found:
-            raise ConfigError(f"{path}: {setting.name} is there twice, with {str(key)!r}")
+            raise ConfigError(f"{path}: {setting.name} is there twice, with {key!r}")
         if values[key] is not None:
             found[setting.name] = _given(setting, values[key], str(path), key)
     return found
+
+
+def _read_file(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Every key, one that is there twice too, and the values."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+    try:
+        tree, values = yaml.compose(content, yaml.SafeLoader), yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is no YAML: {error}") from error
+    if tree is None:
+        return [], {}
+    if not isinstance(tree, yaml.MappingNode):
+        raise ConfigError(f"{path}: must be a mapping; hint: port: 8000")
+    return [str(node.value) for node, _ in tree.value], values
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Given]:

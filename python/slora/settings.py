@@ -263,7 +263,6 @@ BY_NAME = {name: setting for setting in SETTINGS.values() for name in setting.na
 
 VLLM_HINTS = {
     "gpu_memory_utilization": "--pool-fraction is the share of what is free once the base is loaded",
-    "enable_lora": "adapters are always served; leave it out",
     "max_lora_rank": "any rank is served, its memory counted as it is; leave it out",
     "lora_dtype": "adapters are served in the base's type; leave it out",
     "fully_sharded_loras": "one GPU serves the base; leave it out",

@@ -70,6 +70,8 @@ def fuzz(served: Served, is_narrowed: bool, max_examples: int, seed: int, *optio
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert report.exists(), done.stdout + done.stderr
         found: Document = json.loads(report.read_text())
+    if found["failures"] or found["errors"]:
+        print(done.stdout)
     return found
 
 

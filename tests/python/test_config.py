@@ -134,7 +134,13 @@ def test_adapters_are_taken_in_every_spelling() -> None:
         ("- port", "must be a mapping"),
         ("port: [", "is no YAML"),
         ("port: !!python/object/apply:os.getpid []", "is no YAML"),
-        ("\xff", "cannot be read"),
+        ("\xff", "is no YAML"),
+        ("seed: 2026-99-99", "is no YAML"),
+        ("port: " + "[" * 100_000, "is no YAML"),
+        ("# " + "x" * (1 << 20), "larger than"),
+        ("? [port]\n: 1", "is no YAML"),
+        ("~: 1", "unknown key '~'"),
+        ("<<: {port: 1}", "unknown key '<<'"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused_with_a_hint(content: str, message: str, tmp_path: Path) -> None:
@@ -163,6 +169,34 @@ def test_variables_with_a_mistake_are_told() -> None:
     assert doubtful_variables({"SLORA_ADAPTR_DIR": "x"}) == [
         "SLORA_ADAPTR_DIR sets nothing; did you mean SLORA_ADAPTER_DIR?"
     ]
+
+
+def test_a_command_line_of_vllms_is_taken_where_it_means_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    lora = [
+        "--enable-lora",
+        "--lora-modules",
+        "a=b",
+        '{"name": "c", "path": "d", "base_model_name": "m"}',
+        "--max-loras",
+        "4",
+    ]
+    others = [
+        "--max-model-len",
+        "64",
+        "--max-num-seqs",
+        "8",
+        "--served-model-name",
+        "x",
+        "y",
+        "--allowed-origins",
+        '["*"]',
+    ]
+    found = in_force(capsys, "m", *lora, *others)
+    values = {name: json.loads(found[name][0]) for name in ("max_adapters", "max_context", "max_running")}
+    assert values == {"max_adapters": 4, "max_context": 64, "max_running": 8}
+    assert [adapter["name"] for adapter in json.loads(found["adapter"][0])] == ["a", "c"]
+    assert json.loads(found["served_model_name"][0]) == ["x", "y"]
+    assert json.loads(found["allowed_origins"][0]) == ["*"]
 
 
 def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
