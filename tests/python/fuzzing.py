@@ -19,18 +19,28 @@ LEFT_OUT = ["positive_data_acceptance"]
 LEFT_OUT_NARROWED = [*LEFT_OUT, "negative_data_rejection"]
 """What the narrowed document excludes may be accepted by the server."""
 TIMEOUT_S = 20
+EVENT = r'^(\{"id":"(chat)?cmpl-.*\}|\[DONE\])$'
+"""An event's data. An error in a stream is none: nothing here may break one."""
 Document = dict[str, Any]
 
 
 def document_of(served: Served) -> Document:
+    """The server's document. What it says of a stream, that it is text, schemathesis would ask of each event."""
     document: Document = json.loads(served.call("/openapi.json")[1])
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "pattern": EVENT}}}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            content = operation["responses"].get("200", {}).get("content", {})
+            if "text/event-stream" in content:
+                content["text/event-stream"] = {"schema": event}
     return document
 
 
 def narrowed(document: Document) -> Document:
     """With names and paths of adapters that are there, so that random requests come further than to a 404."""
     paths = [str(ADAPTERS.resolve() / name) for name in NAMES]
-    fields = {"model": ["base", *NAMES, "base:upper"], "lora_name": [*NAMES, "new"], "lora_path": paths, "path": paths}
+    fields: dict[str, list[Any]] = {"stream": [True, False], "model": ["base", *NAMES, "base:upper"]}
+    fields |= {"lora_name": [*NAMES, "new"], "lora_path": paths, "path": paths}
     found: Document = json.loads(json.dumps(document))
     for operations in found["paths"].values():
         for operation in operations.values():
