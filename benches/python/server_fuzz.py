@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "tests" / "python")]
-from fuzzing import ARGUMENTS, fuzz, num_descriptors, statuses  # noqa: E402
+from fuzzing import ARGUMENTS, fuzz, statuses  # noqa: E402
 from record import machine, output_of  # noqa: E402
 from serving import Served  # noqa: E402
 
@@ -39,12 +39,12 @@ def main() -> int:
     max_s, start = parser.parse_args().seconds, time.time()
     rounds: list[dict[str, Any]] = []
     with Served(*ARGUMENTS) as served, ThreadPoolExecutor(AT_ONCE) as pool:
-        descriptors = num_descriptors(served)
+        descriptors = served.num_descriptors()
         while sum(cases["generated"] for cases in rounds) < NUM_CASES and time.time() - start < max_s:
             rounds += pool.map(one_round, [(served, SEED + len(rounds) + i) for i in range(AT_ONCE)])
             print(f"{time.time() - start:.0f} s: {sum(cases['generated'] for cases in rounds)} cases", flush=True)
         is_idle = json.loads(served.call("/load")[1])["server_load"] == 0
-        more_descriptors = num_descriptors(served) - descriptors
+        more_descriptors = served.num_descriptors() - descriptors
     found: Counter[int] = statuses(served)
     result = {
         "commit": output_of("git", "rev-parse", "HEAD"),

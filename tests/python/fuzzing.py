@@ -1,7 +1,6 @@
 """schemathesis against a server, from the server's own OpenAPI document."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -89,7 +88,3 @@ def statuses(served: Served) -> Counter[int]:
     """Of every request that the server logged."""
     lines = [json.loads(line) for line in served.log if line.startswith("{")]
     return Counter(line["status"] for line in lines if "status" in line)
-
-
-def num_descriptors(served: Served) -> int:
-    return len(os.listdir(f"/proc/{served.process.pid}/fd"))

@@ -50,6 +50,9 @@ class Served:
             self.process.kill()
         assert error is not None or code == 0
 
+    def num_descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def open(self, path: str, body: Any = None, key: str | None = ADMIN, method: str | None = None) -> Any:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()

@@ -369,15 +369,12 @@ def test_a_race_of_renames_never_shows_what_lies_outside(world: World, tmp_path:
 
 
 def test_no_descriptor_is_left(world: World) -> None:
-    def num_open() -> int:
-        return len(os.listdir(f"/proc/{world.served.process.pid}/fd"))
-
-    before = num_open()
+    before = world.served.num_descriptors()
     for name in HERE:
         for route in ("validate", "replace"):
             world.ask(*ROUTES[route](f"{world.root}/{name}"))
     assert world.ask("DELETE", "/v1/adapters/n", None)[0][0] == 204
     deadline = time.monotonic() + 5
-    while num_open() > before:
+    while world.served.num_descriptors() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)

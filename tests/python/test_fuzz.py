@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import pytest
-from fuzzing import ARGUMENTS, fuzz, num_descriptors, statuses
+from fuzzing import ARGUMENTS, fuzz, statuses
 from serving import Served
 
 SEED = 20260
@@ -14,10 +14,10 @@ SEED = 20260
 @pytest.mark.timeout(300)
 def test_no_request_is_too_odd() -> None:
     with Served(*ARGUMENTS) as served:
-        descriptors = num_descriptors(served)
+        descriptors = served.num_descriptors()
         reports = [fuzz(served, False, 20, SEED), fuzz(served, True, 40, SEED, "--phases", "fuzzing")]
         deadline = time.monotonic() + 10
-        while json.loads(served.call("/load")[1])["server_load"] or num_descriptors(served) > descriptors:
+        while json.loads(served.call("/load")[1])["server_load"] or served.num_descriptors() > descriptors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         answered = served.call("/v1/completions", {"prompt": "abc", "max_tokens": 2})

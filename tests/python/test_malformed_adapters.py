@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import threading
 import time
@@ -93,10 +92,6 @@ def gauges(served: Served) -> dict[str, str]:
     return {line[0]: line[1] for line in lines if line[0].startswith(names)}
 
 
-def num_descriptors(served: Served) -> int:
-    return len(os.listdir(f"/proc/{served.process.pid}/fd"))
-
-
 def test_malformed_adapters_are_refused_and_nothing_else_changes(tmp_path: Path) -> None:
     cases = list(malformed(Checkpoint(ADAPTERS / "upper"), CORPUS))
     counts = Counter(case.kind for case in cases)
@@ -106,7 +101,7 @@ def test_malformed_adapters_are_refused_and_nothing_else_changes(tmp_path: Path)
     root.mkdir()
     with Served(*ARGUMENTS, "--adapter-root", str(root)) as served:
         traffic = Traffic(served)
-        before, descriptors = gauges(served), num_descriptors(served)
+        before, descriptors = gauges(served), served.num_descriptors()
         with traffic:
             for i, case in enumerate(cases):
                 status, code, reason = attack(served, case, root / str(i))
@@ -115,8 +110,8 @@ def test_malformed_adapters_are_refused_and_nothing_else_changes(tmp_path: Path)
                     wrong.append((case.kind, i, status, found, set(case.reasons)))
         assert served.process.poll() is None
         deadline = time.monotonic() + 10
-        while (after := gauges(served)) != before or num_descriptors(served) > descriptors:
-            assert time.monotonic() < deadline, (after, before, num_descriptors(served), descriptors)
+        while (after := gauges(served)) != before or served.num_descriptors() > descriptors:
+            assert time.monotonic() < deadline, (after, before, served.num_descriptors(), descriptors)
             time.sleep(0.05)
         models = {model["id"] for model in json.loads(served.call("/v1/models")[1])["data"]}
     print(f"{len(cases)} cases of {len(counts)} kinds, {traffic.num_answers} answers beside them")
