@@ -44,6 +44,7 @@ def main() -> int:
             rounds += pool.map(one_round, [(served, SEED + len(rounds) + i) for i in range(AT_ONCE)])
             print(f"{time.time() - start:.0f} s: {sum(cases['generated'] for cases in rounds)} cases", flush=True)
         is_idle = json.loads(served.call("/load")[1])["server_load"] == 0
+        time.sleep(1)  # The last connections may still be closing.
         more_descriptors = served.num_descriptors() - descriptors
     found: Counter[int] = statuses(served)
     result = {
