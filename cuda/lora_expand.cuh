@@ -20,7 +20,7 @@ __device__ __forceinline__ void add_sums(
     const float* sums, int row_stride, int rows, int stride, int parts, bool has_few, int n, float scale, float* shrunk) {
   int lane = threadIdx.x % 32, shift = 3 + (n > 8) + (n > 16) + (n > 32);
   if (HAS_CLUSTER && (size_t)sums % 16 == 0) { // four ranks at once: fewer waits for memory
-#pragma unroll 4
+#pragma unroll 1
     for (int e = lane; e < rows << shift - 2; e += 32) {
       int r = e >> shift - 2, k = (e & (1 << shift - 2) - 1) * 4;
       const float* from = sums + (long long)r * row_stride + k;

@@ -259,6 +259,12 @@ class Server:
     def __new__(cls, core: Core, config: str) -> Self:
         """`config`: the server's configuration as JSON (docs/http.md). Raises ConfigError; else it listens."""
 
+    @staticmethod
+    def check(config: str) -> None:
+        """What needs no engine to be found wrong. Raises ConfigError."""
+
+    @staticmethod
+    def default_config() -> str: ...
     @property
     def address(self) -> str: ...
     def exit_after_failure(self, grace_s: float) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slora import __version__, _core
-from slora.errors import AdapterError, ConfigError, SloraError
+from slora import __version__, _core, config
+from slora.errors import AdapterError, SloraError
 
 EXAMPLES = """examples:
   slora demo                                              the embedded example, on whatever this machine has
@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_demo, add_generate, add_adapters, add_serve, add_chat, add_bench, add_doctor):
         add(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(config.unrecognized(unknown) if options.run is run_serve else f"unrecognized arguments: {unknown}")
     try:
         code: int = options.run(options)
         return code
@@ -189,60 +191,31 @@ def run_ls(options: argparse.Namespace) -> int:
 
 
 def add_serve(commands: Parsers) -> None:
-    examples = (
-        "  slora serve path/to/base --adapter-dir path/to/adapters\n"
-        "  slora serve path/to/base --adapter formal=path/to/formal --api-key $KEY --admin-key $ADMIN --host 0.0.0.0\n"
+    parser = commands.add_parser(
+        "serve",
+        usage="slora serve MODEL [--config FILE] [--SETTING VALUE …]",
+        help="serve the OpenAI API over HTTP",
+        description=config.DESCRIPTION,
+        epilog=config.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser = add_command(commands, "serve", run_serve, "serve the OpenAI API over HTTP", examples)
-    parser.add_argument("model", type=Path, help="folder of the base model")
-    parser.add_argument(
-        "--adapter", "--lora-modules", action="append", default=[], metavar="NAME=PATH", help="repeatable"
-    )
-    parser.add_argument("--adapter-dir", type=Path, help="folder of adapters, watched; also a root")
-    parser.add_argument("--adapter-root", action="append", default=[], type=Path, help="paths over HTTP lie beneath")
-    parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
-    parser.add_argument("--host", default="127.0.0.1", help="without any key: loopback only")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--metrics-port", type=int, help="answers /metrics and the health routes without a key")
-    parser.add_argument("--api-key", action="append", default=[], help="also SLORA_API_KEY; repeatable")
-    parser.add_argument("--api-keys-file", type=Path, help="keys with tenants and limits (docs/http.md)")
-    parser.add_argument("--admin-key", action="append", default=[], help="also SLORA_ADMIN_KEY; may manage adapters")
-    parser.add_argument("--generation-config", default="auto", metavar="auto|vllm|DIR", help="vllm: no model defaults")
-    parser.add_argument("--drain-timeout", type=float, default=15.0, metavar="S")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-context", "--max-model-len", type=int)
-    parser.add_argument("--max-running", type=int, default=256)
-    parser.add_argument("--pool-bytes", type=int)
-    parser.add_argument("--host-bytes", type=int)
+    parser.set_defaults(run=run_serve)
+    config.add_flags(parser)
 
 
 def run_serve(options: argparse.Namespace) -> int:
     from slora.options import Options
     from slora.serve import serve
 
-    def keys(given: list[str], variable: str) -> list[str]:
-        return given or [key for key in [os.environ.get(variable, "")] if key]
-
-    adapters = [dict(zip(("name", "path"), spec.partition("=")[::2], strict=True)) for spec in options.adapter]
-    if bad := next((spec for spec in options.adapter if "=" not in spec), None):
-        raise ConfigError(f"--adapter {bad!r}: must be NAME=PATH")
-    config = {
-        "generation_config": options.generation_config,
-        "host": options.host,
-        "port": options.port,
-        "metrics_port": options.metrics_port,
-        "served_model_names": options.served_model_name,
-        "adapters": adapters,
-        "adapter_dir": options.adapter_dir and str(options.adapter_dir),
-        "adapter_roots": [str(path) for path in options.adapter_root],
-        "api_keys": keys(options.api_key, "SLORA_API_KEY"),
-        "api_keys_file": options.api_keys_file and str(options.api_keys_file),
-        "admin_keys": keys(options.admin_key, "SLORA_ADMIN_KEY"),
-    }
-    names = ("device", "dtype", "max_context", "max_running", "pool_bytes", "host_bytes")
-    engine = Options(**{name: getattr(options, name) for name in names})
-    return serve(options.model, engine, config, options.drain_timeout)
+    settings = config.Config(vars(options), os.environ)
+    for warning in config.doubtful_variables(os.environ):
+        print(f"slora: warning: {warning}", file=sys.stderr)
+    if options.show_config:
+        print(settings)
+        return 0
+    engine = Options(**settings.fields("engine"))
+    return serve(settings["model"], engine, settings.server(), settings["drain_timeout"])
 
 
 def add_chat(commands: Parsers) -> None:

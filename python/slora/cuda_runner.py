@@ -13,6 +13,7 @@ from slora.errors import DeviceError
 from slora.graphs import Graphs
 from slora.kernels import backend
 from slora.kernels.descriptors import DeviceTables
+from slora.kernels.lora import MANY_ROWS
 from slora.kernels.page_copy import PageCopies
 from slora.kernels.sampling import DeviceSampler
 from slora.kernels.step import Step
@@ -145,7 +146,7 @@ class CudaRunner:
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:
-            hidden = self._forward(StepShape.of(counts))
+            hidden = self._forward(StepShape.of(counts), plan)
             if counts.num_sampled:
                 self._sample(hidden, arrays)
             if counts.num_prompt_logprobs:
@@ -191,11 +192,12 @@ class CudaRunner:
         self.pool.close()
         torch.cuda.empty_cache()
 
-    def _forward(self, shape: StepShape) -> Tensor:
+    def _forward(self, shape: StepShape, plan: StepPlan) -> Tensor:
         """The normed hidden state [rows, hidden]; valid until the next step."""
         path = shape.path(is_waiting=bool(self._step.arrivals))
         if path is Path.EAGER:
-            self._step.prepare(**shape._asdict())
+            has_few = shape.has_lora and bool(np.any(np.diff(plan.array("seg_indptr")) <= MANY_ROWS))
+            self._step.prepare(**shape._asdict(), has_few=has_few)
             return self._decoder.forward(self._step.ids, self._step)
         shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
         if path is Path.LAYERED:

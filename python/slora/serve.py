@@ -24,9 +24,11 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
     `config` holds the fields of the server's configuration (docs/http.md). After the first signal new work is refused
     and running requests may finish within the timeout; a second one ends the process at once.
     """
+    server_config = json.dumps(config)
+    _core.Server.check(server_config)
     engine = Engine(model, options)
     try:
-        server = _core.Server(engine.core, json.dumps({"model": str(model), **config}))
+        server = _core.Server(engine.core, server_config)
     except BaseException:
         engine.close()
         raise
@@ -38,7 +40,7 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
         server.wait(POLL_S)
     failure = engine.core.failure
     if failure is None:
-        print(f"draining for at most {drain_timeout_s} s; a second signal ends at once", flush=True)
+        # Nothing is printed here: a full pipe behind stdout would hold up the end.
         server.begin_drain()
         server.wait(drain_timeout_s)
     server.stop()

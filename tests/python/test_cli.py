@@ -83,7 +83,9 @@ def test_doctor_says_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device cpu" in output
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["adapters"], ["adapters", "check"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["generate"], ["adapters"], ["adapters", "check"], ["serve"], ["doctor"]]
+)
 def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

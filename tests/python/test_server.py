@@ -1,50 +1,21 @@
 """`slora serve` as its users start it: a process, spoken to over HTTP."""
 
 import json
-import signal
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import ADAPTERS, BASE
-
-ADMIN = "the-admin-key"
-
-
-class Served:
-    """A running server process."""
-
-    def __init__(self) -> None:
-        arguments = ["serve", str(BASE), "--adapter-dir", str(ADAPTERS), "--port", "0", "--admin-key", ADMIN]
-        command = [sys.executable, "-m", "slora", *arguments, "--device", "cpu"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        line = next(line for line in self.process.stdout if line.startswith("serving "))
-        self.url = line.split()[-1]
-
-    def open(self, path: str, body: Any = None, key: str | None = ADMIN) -> Any:
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=30)
-
-    def call(self, path: str, body: Any = None, key: str | None = ADMIN) -> tuple[int, str]:
-        try:
-            with self.open(path, body, key) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+from conftest import ADAPTERS
+from serving import EXAMPLE, Served
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(20) == 0
+    with Served(*EXAMPLE) as served:
+        yield served
 
 
 def complete(served: Served, model: str, prompt: str) -> str:
@@ -110,3 +81,14 @@ def test_metrics_and_health_tell(served: Served) -> None:
     assert status == 200
     assert "vllm:num_requests_running" in text
     assert "slora:" in text
+
+
+def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    command = [sys.executable, "-m", "slora", "serve", *EXAMPLE, "--device", "cpu", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
+        for _ in range(1000):  # Of lines that together are longer than what a pipe holds.
+            urllib.request.urlopen(f"{url}/health").close()
+        process.terminate()
+        assert process.wait(10) == 0

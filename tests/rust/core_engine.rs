@@ -503,18 +503,24 @@ fn a_retired_version_without_a_host_image_gives_way_last() {
 
 #[test]
 fn who_gives_way_is_the_least_recently_used_or_the_least_valuable() {
-    for (eviction, evicted) in [(Eviction::Lru, "often"), (Eviction::CostAware, "once")] {
+    // Uses within a moment of each other count as one.
+    let cases = [(Eviction::Lru, 10, "often"), (Eviction::CostAware, 10, "once"), (Eviction::CostAware, 0, "often")];
+    for (eviction, gap_s, evicted) in cases {
         let mut world = World::new(EngineConfig { num_pages: 16, eviction, ..config() }, 0);
         load(&mut world, &["often".into()], 4);
         for _ in 0..5 {
             submit(&mut world, Some("often"), 2, 1);
+            if gap_s > 0 {
+                world.run_to_the_end();
+                world.now_us += gap_s * 1_000_000;
+            }
         }
         world.run_to_the_end();
         load(&mut world, &["once".into()], 4);
         submit(&mut world, None, 36, 1);
         world.run_to_the_end();
         assert_eq!(world.engine.stats().adapter_evictions, 1);
-        assert_eq!(world.engine.adapter_info(evicted).unwrap().state, AdapterState::Host, "{eviction:?}");
+        assert_eq!(world.engine.adapter_info(evicted).unwrap().state, AdapterState::Host, "{eviction:?} {gap_s}");
     }
 }
 

@@ -4,6 +4,7 @@
 mod server_world;
 
 use std::io::{BufReader, Read, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -337,6 +338,8 @@ fn text_and_tokens_convert_both_ways() {
     let chat = json!({"messages": [{"role": "user", "content": "hello"}]});
     assert!(world.post("/tokenize", &chat).json()["count"].as_u64().unwrap() > 5);
     assert_eq!(world.post("/detokenize", &json!({"tokens": [99_999]})).error(), (400, "invalid_value".into()));
+    let mixed = world.post("/tokenize", &json!({"prompt": "hello", "continue_final_message": 7}));
+    assert_eq!(mixed.error(), (400, "invalid_type".into()));
     assert!(world.get("/tokenizer_info").json()["chat_template"].is_string());
 }
 

@@ -145,3 +145,17 @@ fn a_file_replaced_while_it_is_packed_never_mixes() {
 fn value_bytes(value: f32, bytes: usize) -> Vec<u8> {
     value.to_le_bytes().iter().copied().cycle().take(bytes).collect()
 }
+
+#[test]
+fn files_that_lie_elsewhere_are_refused_where_roots_are_given() {
+    let base = tiny_base();
+    let (inside, outside) = (Checkpoint::new("", &good_pair()), Checkpoint::new("", &good_pair()));
+    let roots = [inside.path().canonicalize().unwrap()];
+    assert!(Adapter::open_beneath(inside.path(), &base, &roots).is_ok());
+    let refused = |roots| Adapter::open_beneath(inside.path(), &base, roots).map(|_| ());
+    expect(refused(&[]), "outside_roots", &["adapter_config.json"]);
+    fs::remove_file(inside.weights_path()).unwrap();
+    symlink(outside.weights_path(), inside.weights_path()).unwrap();
+    expect(refused(&roots), "outside_roots", &["adapter_model.safetensors"]);
+    assert!(inside.open(&base).is_ok(), "without roots links are followed");
+}

@@ -114,7 +114,7 @@ class Lora:
             self._cluster = module.kernel("lora_cluster")
             room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
             self.num_clusters = min(room, _MAX_BLOCKS // _CLUSTER)
-        self._has_many, self._num_clusters = True, self.num_clusters
+        self._has_many, self._has_few, self._num_clusters = True, True, self.num_clusters
         self._launches = [self._bind(index) for index in range(num_lists)]
 
     def prepare(
@@ -126,11 +126,14 @@ class Lora:
         *,
         num_rows: int | None = None,
         has_prefill: bool = True,
+        has_few: bool = True,
     ) -> None:
         """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number.
 
-        At most `num_rows` rows. Steps without prefill rows need one kernel for each layer group less.
+        At most `num_rows` rows. Steps without prefill rows, or without segments of at most MANY_ROWS rows (`has_few`),
+        need fewer kernels for each layer group.
         """
+        self._has_few = has_few
         self._num_clusters = min(self.num_clusters, self.max_rows if num_rows is None else num_rows)
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
@@ -149,7 +152,7 @@ class Lora:
         if out is None:
             out = x.new_empty(x.shape[0], self._groups[group].out_stride)
         shrink, expand, cluster = self._launches[layer * 4 + group]
-        if cluster is not None:
+        if cluster is not None and self._has_few:
             cluster.set(4, x)
             cluster.set(5, out)
             cluster.set_grid(self._num_clusters * _CLUSTER)

@@ -47,11 +47,19 @@ class Step:
         self.has_decode = self.has_prefill = self.has_lora = self.is_graph = self.has_branches = False
 
     def prepare(
-        self, num_rows: int, *, has_decode: bool, has_prefill: bool, has_lora: bool, is_graph: bool = False
+        self,
+        num_rows: int,
+        *,
+        has_decode: bool,
+        has_prefill: bool,
+        has_lora: bool,
+        has_few: bool = True,
+        is_graph: bool = False,
     ) -> None:
         """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters.
 
-        `is_graph`: only kernels that a graph may hold are used, whether or not these launches are recorded.
+        `has_few`: there may be segments of few rows. `is_graph`: only kernels that a graph may hold are used, whether
+        or not these launches are recorded.
         """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_lora, self.is_graph = has_decode, has_prefill, has_lora, is_graph
@@ -74,7 +82,7 @@ class Step:
         if has_lora:
             num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
             segments = (num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
-            self.lora.prepare(*segments, num_rows=num_rows, has_prefill=has_prefill)
+            self.lora.prepare(*segments, num_rows=num_rows, has_prefill=has_prefill, has_few=has_few)
 
     def wait_for_adapters(self, layer: int) -> None:
         """Make the current stream wait for the adapters' weights of `layer`."""

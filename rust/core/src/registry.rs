@@ -72,11 +72,13 @@ pub(crate) struct Adapter {
     pub descriptor_row: Option<u32>,
     /// Recent use: a count that halves every [`HALF_LIFE_US`].
     use_count: f64,
+    count_time_us: u64,
     use_time_us: u64,
 }
 
 /// Half-life of an adapter's use count, in microseconds.
 const HALF_LIFE_US: f64 = 60e6;
+const BURST_US: u64 = 2_000_000;
 
 impl Adapter {
     /// Whether requests that use it may be admitted: its weights can be on the device when the step reads them.
@@ -137,8 +139,13 @@ impl Adapter {
         }
     }
 
+    /// Uses that follow each other within [`BURST_US`] count as one: they say nothing of how soon the next one comes.
     pub fn record_use(&mut self, now_us: u64) {
-        self.use_count = self.recent_use(now_us) + 1.0;
+        let since_counted = now_us.saturating_sub(self.count_time_us);
+        if self.use_count == 0.0 || since_counted >= BURST_US {
+            self.use_count = self.use_count * (-(since_counted as f64) / HALF_LIFE_US).exp2() + 1.0;
+            self.count_time_us = now_us;
+        }
         self.use_time_us = now_us;
     }
 
@@ -219,6 +226,7 @@ impl Registry {
             failure: None,
             descriptor_row: None,
             use_count: 0.0,
+            count_time_us: 0,
             use_time_us: 0,
         });
         index

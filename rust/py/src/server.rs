@@ -17,9 +17,19 @@ pub(crate) struct Server(slora_server::Server);
 impl Server {
     #[new]
     fn new(py: Python<'_>, core: &Core, config: &str) -> PyResult<Self> {
-        let config: ServerConfig = serde_json::from_str(config).map_err(config_error)?;
+        let config = parse(config)?;
         let runtime = core.runtime();
         py.detach(|| slora_server::Server::start(config, runtime)).map(Self).map_err(config_error)
+    }
+
+    #[staticmethod]
+    fn check(config: &str) -> PyResult<()> {
+        slora_server::Server::check(&parse(config)?).map_err(config_error)
+    }
+
+    #[staticmethod]
+    fn default_config() -> PyResult<String> {
+        serde_json::to_string(&ServerConfig::default()).map_err(config_error)
     }
 
     #[getter]
@@ -53,4 +63,8 @@ impl Server {
     fn stop(&self, py: Python<'_>) {
         py.detach(|| self.0.stop());
     }
+}
+
+fn parse(config: &str) -> PyResult<ServerConfig> {
+    serde_json::from_str(config).map_err(config_error)
 }

@@ -1,6 +1,6 @@
 //! What everybody but the step thread holds.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
@@ -268,7 +268,32 @@ impl Runtime {
         pinned: bool,
     ) -> Result<AdapterDetails, RegisterError> {
         check_name(name)?;
-        let adapter = Adapter::open(path, &self.base)?;
+        self.register_adapter(name, Adapter::open(path, &self.base)?, replace, pinned)
+    }
+
+    /// [`register`](Self::register) for a path that a stranger gave: the files must lie beneath one of `roots`.
+    ///
+    /// # Errors
+    /// As `register`, and files that lie elsewhere.
+    pub fn register_beneath(
+        &self,
+        roots: &[PathBuf],
+        name: &str,
+        path: &Path,
+        replace: bool,
+        pinned: bool,
+    ) -> Result<AdapterDetails, RegisterError> {
+        check_name(name)?;
+        self.register_adapter(name, Adapter::open_beneath(path, &self.base, roots)?, replace, pinned)
+    }
+
+    fn register_adapter(
+        &self,
+        name: &str,
+        adapter: Adapter,
+        replace: bool,
+        pinned: bool,
+    ) -> Result<AdapterDetails, RegisterError> {
         let name: Arc<str> = name.into();
         let call = move |stepper: &mut Stepper| {
             stepper.register(name, adapter, replace, pinned).map(|info| stepper.details(info))
@@ -276,12 +301,12 @@ impl Runtime {
         self.call(call).map_err(RegisterError::Stopped)?
     }
 
-    /// The tensor accounting of a checkpoint; nothing is registered.
+    /// The tensor accounting of a checkpoint beneath one of `roots`; nothing is registered.
     ///
     /// # Errors
     /// Why it cannot be served exactly.
-    pub fn validate(&self, path: &Path) -> Result<Report, slora_store::AdapterError> {
-        Ok(Adapter::open(path, &self.base)?.report().clone())
+    pub fn validate(&self, roots: &[PathBuf], path: &Path) -> Result<Report, slora_store::AdapterError> {
+        Ok(Adapter::open_beneath(path, &self.base, roots)?.report().clone())
     }
 
     /// Forgets a name; unfinished requests finish first.

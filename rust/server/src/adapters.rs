@@ -122,7 +122,7 @@ pub(crate) async fn validate(call: Call) -> Answer {
     call.app.note_unknown(&fields)?;
     let work = move |app: &App| {
         let path = confine(&app.roots, &path)?;
-        Ok(app.runtime.validate(&path).map_err(|error| checkpoint_error(&error))?.to_json())
+        Ok(app.runtime.validate(&app.roots, &path).map_err(|error| checkpoint_error(&error))?.to_json())
     };
     Ok(typed_response("application/json", call.app.call(work).await.map_err(in_resource)?))
 }
@@ -152,7 +152,8 @@ fn register(
         return Err(ApiError::new(StatusCode::BAD_REQUEST, "adapter_exists", message).with_param("lora_name"));
     }
     let path = confine(&app.roots, path)?;
-    let registered = app.runtime.register(name, &path, replace, pinned == Some(true)).inspect_err(|error| {
+    let register = app.runtime.register_beneath(&app.roots, name, &path, replace, pinned == Some(true));
+    let registered = register.inspect_err(|error| {
         if let RegisterError::Checkpoint(error) = error {
             app.metrics.count_load_failure(error.code());
         }
@@ -201,21 +202,19 @@ fn resource(details: &AdapterDetails) -> Value {
 }
 
 /// The path with its links resolved, which must be absolute and lie beneath a root; no link inside leads out either. What
-/// lies outside is refused the same way whether it exists or not.
+/// lies outside is refused the same way whether it exists or not. The store looks again at what it has opened, since folders
+/// may be renamed meanwhile.
 fn confine(roots: &[PathBuf], path: &Path) -> Result<PathBuf, ApiError> {
-    let refused = || {
-        let message = "the path must be absolute and, links resolved, beneath one of the server's adapter folders; hint: start \
-                       the server with --adapter-root";
-        ApiError::new(StatusCode::BAD_REQUEST, "path_not_allowed", message).with_param("lora_path")
-    };
     let is_plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     if !path.is_absolute() || !is_plain {
-        return Err(refused());
+        return Err(ApiError::path_not_allowed());
     }
+    // Without a slash at the end, which would hide that the last name is a link.
+    let path: PathBuf = path.components().collect();
     let is_inside = |path: &Path| roots.iter().any(|root| path.starts_with(root));
-    let resolved = resolve(path).ok_or_else(refused)?;
+    let resolved = resolve(&path).ok_or_else(ApiError::path_not_allowed)?;
     if !is_inside(&resolved) || !links_stay(&resolved, 1, &is_inside) {
-        return Err(refused());
+        return Err(ApiError::path_not_allowed());
     }
     Ok(resolved)
 }
@@ -259,6 +258,7 @@ mod tests {
         std::fs::write(outside.join("b/secret"), "x").unwrap();
         let link = |to: &Path, at: PathBuf| std::os::unix::fs::symlink(to, at).unwrap();
         link(&outside.join("b"), root.join("out"));
+        link(&outside.join("b/secret"), root.join("file-out"));
         link(&root.join("a"), root.join("in"));
         std::fs::create_dir(root.join("c")).unwrap();
         link(&outside.join("b/secret"), root.join("c/adapter_model.safetensors"));
@@ -272,6 +272,7 @@ mod tests {
         let refused = [
             root.join("out"),
             root.join("out/deeper"),
+            root.join("file-out/"),
             outside.clone(),
             outside.join("b"),
             outside.join("not-there"),

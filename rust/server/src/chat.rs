@@ -108,6 +108,14 @@ pub(crate) fn take_input(app: &App, fields: &Fields) -> Result<ChatInput, ApiErr
         let message = format!("messages have {bytes} bytes of content, the limit is {}", limits.max_message_bytes);
         return Err(ApiError::invalid("messages", message));
     }
+    Ok(ChatInput {
+        messages: Value::Array(messages.into_iter().map(Value::Object).collect()),
+        ..take_template(fields)?
+    })
+}
+
+/// What the template is told, without messages yet.
+pub(crate) fn take_template(fields: &Fields) -> Result<ChatInput, ApiError> {
     let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message);
     if add_generation_prompt && continue_final_message {
@@ -115,7 +123,6 @@ pub(crate) fn take_input(app: &App, fields: &Fields) -> Result<ChatInput, ApiErr
         return Err(ApiError::invalid("continue_final_message", message));
     }
     Ok(ChatInput {
-        messages: Value::Array(messages.into_iter().map(Value::Object).collect()),
         add_generation_prompt,
         continue_final_message,
         kwargs: fields.take("chat_template_kwargs")?.unwrap_or_default(),

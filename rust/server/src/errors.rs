@@ -60,6 +60,13 @@ impl ApiError {
         self
     }
 
+    /// The same for every path outside, whether something is there or not.
+    pub fn path_not_allowed() -> Self {
+        let message = "the path must be absolute and, links resolved, beneath one of the server's adapter folders; hint: start \
+                       the server with --adapter-root";
+        Self::new(StatusCode::BAD_REQUEST, "path_not_allowed", message).with_param("lora_path")
+    }
+
     pub fn with_retry_after(mut self, seconds: u64) -> Self {
         self.retry_after_s = Some(seconds.clamp(1, MAX_RETRY_AFTER_S));
         self
@@ -175,6 +182,9 @@ impl From<RegisterError> for ApiError {
 
 /// A checkpoint that cannot be served exactly, with the store's code as the reason.
 pub(crate) fn checkpoint_error(error: &slora_store::AdapterError) -> ApiError {
+    if let slora_store::AdapterError::OutsideRoots { .. } = error {
+        return ApiError::path_not_allowed();
+    }
     let mut answer =
         ApiError::new(StatusCode::BAD_REQUEST, "adapter_invalid", error.to_string()).with_param("lora_path");
     answer.reason = Some(error.code());

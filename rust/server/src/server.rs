@@ -78,6 +78,19 @@ pub struct Server {
 }
 
 impl Server {
+    /// Everything that [`start`](Self::start) checks and that needs no engine, so that a mistake is found before a base is
+    /// loaded.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the configuration's values, its folders or its keys file.
+    pub fn check(config: &ServerConfig) -> Result<(), ServeError> {
+        check(config)?;
+        generation_config::defaults(config).map_err(ServeError::Config)?;
+        roots(config)?;
+        let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path)).transpose();
+        keys.map(drop).map_err(ServeError::Config)
+    }
+
     /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
     ///
     /// Adapters are registered by the runtime's step thread, which must be running.
@@ -148,6 +161,8 @@ impl Server {
     /// Takes no new work: readiness is false, new requests are answered 503, running ones go on.
     pub fn begin_drain(&self) {
         self.app.drain();
+        let unfinished = self.app.admission.load().requests;
+        self.app.log.line("draining", json!({"unfinished": unfinished, "hint": "a second signal ends at once"}));
     }
 
     /// Waits until everything that was let in has ended after [`begin_drain`](Self::begin_drain), or the server was

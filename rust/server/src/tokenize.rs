@@ -56,16 +56,16 @@ pub(crate) async fn tokenize(call: Call) -> Answer {
     if prompt.is_some() && fields.raw("messages").is_some() {
         return Err(ApiError::invalid("messages", "messages and prompt exclude each other"));
     }
-    let input = if prompt.is_none() { Some(chat::take_input(&app, &fields)?) } else { None };
+    // A text needs no template, but what is said of one must still be well said.
+    let input = if prompt.is_none() { chat::take_input(&app, &fields)? } else { chat::take_template(&fields)? };
     app.note_unknown(&fields)?;
     let work = move || {
-        let ids = match (prompt, input) {
-            (Some(prompt), _) => {
+        let ids = match prompt {
+            Some(prompt) => {
                 check_text_len(&pool, prompt.len())?;
                 model.encode(&prompt, adds_special.unwrap_or(true)).map_err(|error| text_error(&error))?
             }
-            (None, Some(input)) => chat::encode(&pool, &model, &input)?,
-            (None, None) => Vec::new(),
+            None => chat::encode(&pool, &model, &input)?,
         };
         let strings = ids.iter().map(|id| model.token_text(*id).unwrap_or_default());
         let strings: Option<Vec<String>> = shows_tokens.then(|| strings.collect());

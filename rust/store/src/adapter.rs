@@ -44,20 +44,33 @@ impl Adapter {
     ///
     /// Whatever keeps the adapter from being served exactly on `base`; `docs/adapters.md` has the table.
     pub fn open(path: &Path, base: &BaseSpec) -> Result<Adapter, AdapterError> {
-        if base.tp_size != 1 {
-            return Err(AdapterError::UnsupportedTensorParallel { tp_size: base.tp_size });
-        }
-        Adapter::open_shard(path, base)
+        check_one_shard(base)?;
+        Adapter::open_files(path, base, None)
+    }
+
+    /// [`open`](Adapter::open) for a path that a stranger gave: both files must lie beneath one of `roots`, whatever is
+    /// renamed meanwhile. The roots are absolute and have no links.
+    ///
+    /// # Errors
+    ///
+    /// As `open`, and a file that lies elsewhere.
+    pub fn open_beneath(path: &Path, base: &BaseSpec, roots: &[PathBuf]) -> Result<Adapter, AdapterError> {
+        check_one_shard(base)?;
+        Adapter::open_files(path, base, Some(roots))
     }
 
     /// [`open`](Adapter::open) for any tensor-parallel rank; not served yet.
     #[doc(hidden)]
     pub fn open_shard(path: &Path, base: &BaseSpec) -> Result<Adapter, AdapterError> {
+        Adapter::open_files(path, base, None)
+    }
+
+    fn open_files(path: &Path, base: &BaseSpec, roots: Option<&[PathBuf]>) -> Result<Adapter, AdapterError> {
         base.check()?;
         let (config_path, weights_path) = files::locate(path)?;
-        let (config_file, mut config) = read_config(config_path.clone())?;
+        let (config_file, mut config) = read_config(config_path.clone(), roots)?;
         config.compare_base(base);
-        let (file, weights_file) = RegisteredFile::register(weights_path)?;
+        let (file, weights_file) = RegisteredFile::register(weights_path, roots)?;
         let header = Header::read(&file, &weights_file)?;
         let account = accounting::account(&header.tensors, &mut config, base)?;
         check_ranks(&account, base.max_rank)?;
@@ -184,14 +197,21 @@ impl Adapter {
     }
 }
 
-fn read_config(path: PathBuf) -> Result<(RegisteredFile, Config), AdapterError> {
-    let (file, registered) = RegisteredFile::register(path)?;
+fn read_config(path: PathBuf, roots: Option<&[PathBuf]>) -> Result<(RegisteredFile, Config), AdapterError> {
+    let (file, registered) = RegisteredFile::register(path, roots)?;
     if registered.bytes() > MAX_CONFIG_BYTES {
         return Err(AdapterError::ConfigTooLarge { bytes: registered.bytes(), limit: MAX_CONFIG_BYTES });
     }
     let mut json = vec![0; registered.bytes() as usize];
     registered.read_at(&file, &mut json, 0)?;
     Ok((registered, Config::parse(&json)?))
+}
+
+fn check_one_shard(base: &BaseSpec) -> Result<(), AdapterError> {
+    match base.tp_size {
+        1 => Ok(()),
+        tp_size => Err(AdapterError::UnsupportedTensorParallel { tp_size }),
+    }
 }
 
 fn check_ranks(account: &Account, limit: u32) -> Result<(), AdapterError> {

@@ -120,6 +120,8 @@ pub enum AdapterError {
     NotRegular { path: PathBuf, kind: &'static str },
     #[error("cannot read {}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    #[error("{} does not lie beneath a root", path.display())]
+    OutsideRoots { path: PathBuf },
     #[error("{} has changed since it was registered ({what}); hint: register the adapter again", path.display())]
     Changed { path: PathBuf, what: &'static str },
 
@@ -241,6 +243,7 @@ impl AdapterError {
             PickleOnly { .. } => "pickle_only",
             NotRegular { .. } => "not_a_regular_file",
             Io { .. } => "io",
+            OutsideRoots { .. } => "outside_roots",
             Changed { .. } => "changed",
             ConfigTooLarge { .. } => "config_too_large",
             BadConfig { .. } => "bad_config",

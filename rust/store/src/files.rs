@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, FileType, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -56,9 +57,13 @@ impl Identity {
 }
 
 impl RegisteredFile {
-    /// Opens a file for the first time. Only regular files are opened, so nothing can block.
-    pub(crate) fn register(path: PathBuf) -> Result<(File, RegisteredFile), AdapterError> {
+    /// Opens a file for the first time; with `roots`, only beneath one of them. Only regular files are opened, so nothing
+    /// can block.
+    pub(crate) fn register(path: PathBuf, roots: Option<&[PathBuf]>) -> Result<(File, RegisteredFile), AdapterError> {
         let (file, identity) = open_regular(&path)?;
+        if let Some(roots) = roots {
+            require_beneath(&file, &path, roots)?;
+        }
         Ok((file, RegisteredFile { path, identity }))
     }
 
@@ -186,6 +191,16 @@ fn open_regular(path: &Path) -> Result<(File, Identity), AdapterError> {
     let metadata = file.metadata().map_err(io_error)?;
     require_regular(path, &metadata)?;
     Ok((file, Identity::of(&metadata)))
+}
+
+/// Asks where the opened file lies, since a folder of its path may have become a link after anybody looked at the path.
+fn require_beneath(file: &File, path: &Path, roots: &[PathBuf]) -> Result<(), AdapterError> {
+    let place = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_err(|source| AdapterError::Io { path: path.to_path_buf(), source })?;
+    if roots.iter().any(|root| place.starts_with(root)) {
+        return Ok(());
+    }
+    Err(AdapterError::OutsideRoots { path: path.to_path_buf() })
 }
 
 fn kind(file_type: FileType) -> &'static str {

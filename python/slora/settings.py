@@ -1,0 +1,296 @@
+"""The settings of `slora serve`: one table, of which flags, variables, the file's keys and the help are made."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from slora import _core
+from slora.options import DTYPES, LOAD_FORMATS, Options
+
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def integer(raw: object) -> int:
+    """Also of a text. Raises ValueError, like every function of this kind."""
+    try:
+        value = int(raw) if isinstance(raw, str) else raw
+    except ValueError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError("must be an integer, 0 or more")
+    return value
+
+
+def port(raw: object) -> int:
+    if isinstance(raw, str) and "://" in raw:
+        raise ValueError("must be a port; hint: Kubernetes sets this variable itself: enableServiceLinks: false")
+    if (value := integer(raw)) > 65_535:
+        raise ValueError("must be a port, 0 to 65535")
+    return value
+
+
+def num_bytes(raw: object) -> int:
+    unit = _UNITS.get(raw[-3:], 1) if isinstance(raw, str) else 1
+    try:
+        return integer(raw[:-3] if isinstance(raw, str) and unit > 1 else raw) * unit
+    except ValueError:
+        raise ValueError("must be a number of bytes, or one of KiB, MiB or GiB as in 8GiB") from None
+
+
+def number(raw: object) -> float:
+    try:
+        value = float(raw) if isinstance(raw, str | int | float) and not isinstance(raw, bool) else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError("must be a number")
+    return value
+
+
+def boolean(raw: object) -> bool:
+    value = _WORDS.get(raw.lower()) if isinstance(raw, str) else raw
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def text(raw: object) -> str:
+    if not isinstance(raw, str) or not raw:
+        raise ValueError("must be a text; hint: in a file, quote it")
+    return raw
+
+
+def texts(raw: object) -> list[str]:
+    return [text(item) for item in _items(raw)]
+
+
+def mapping(raw: object) -> dict[str, Any]:
+    value = _parse_json(raw) if isinstance(raw, str) else raw
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+def adapters(raw: object) -> list[dict[str, Any]]:
+    """`name=path`, vLLM's JSON object, several of these, or a file's mapping of names to paths."""
+    if isinstance(raw, dict):
+        return [_adapter({"name": name, "path": path}) for name, path in raw.items()]
+    return [_adapter(item) for item in _items(raw)]
+
+
+def _adapter(item: object) -> dict[str, Any]:
+    if isinstance(item, str) and not item.startswith("{"):
+        name, _, path = item.partition("=")
+        fields: dict[str, Any] = {"name": name, "path": path}
+    else:
+        fields = mapping(item)
+    # vLLM's field for the `parent` that is shown, which here is always the base.
+    fields = {key: value for key, value in fields.items() if key != "base_model_name"}
+    if unknown := set(fields) - {"name", "path", "pinned"}:
+        raise ValueError(f"adapter with {min(unknown)!r}: may have name, path and pinned")
+    if not all(isinstance(fields.get(key), str) and fields[key] for key in ("name", "path")):
+        raise ValueError('must be NAME=PATH or {"name": NAME, "path": PATH}; hint: MODEL comes before the flags')
+    return fields | {"pinned": boolean(fields.get("pinned", False))}
+
+
+def _items(raw: object) -> list[object]:
+    """A list, also as JSON; anything else is the only item of one."""
+    if isinstance(raw, list):
+        return [item for part in raw for item in _items(part)]
+    if isinstance(raw, str) and raw.startswith("["):
+        return list(_parse_json(raw))
+    return [raw]
+
+
+def _parse_json(raw: str) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"is no JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that an operator may set."""
+
+    name: str
+    """The flag is `--a-name`, the variable `SLORA_A_NAME`, the file's key `a_name` or `a-name`."""
+    parse: Callable[[object], Any]
+    help: str
+    aliases: tuple[str, ...] = ()
+    """vLLM's names, where they mean the same."""
+    owner: str = "server"
+    """Whose field it is: the server's, its `limits`', the engine's, or `slora serve`'s own."""
+    field: str = ""
+    """Its name there, if it is another."""
+    metavar: str = ""
+    is_secret: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def owner_field(self) -> str:
+        return self.field or self.name
+
+    @property
+    def is_list(self) -> bool:
+        return self.parse in (texts, adapters)
+
+    def default(self) -> Any:
+        return _DEFAULTS[self.owner].get(self.owner_field)
+
+
+def _engine(name: str, parse: Callable[[object], Any], help: str, alias: str = "", metavar: str = "") -> Setting:
+    return Setting(name, parse, help, (alias,) if alias else (), owner="engine", metavar=metavar)
+
+
+def _limit(name: str, parse: Callable[[object], Any], help: str, field: str = "") -> Setting:
+    return Setting(name, parse, help, owner="limits", field=field)
+
+
+_SERVER_DEFAULTS = json.loads(_core.Server.default_config())
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "server": {
+        key: value for key, value in _SERVER_DEFAULTS.items() if key not in ("model", "sampling_defaults", "limits")
+    },
+    "limits": _SERVER_DEFAULTS["limits"],
+    "engine": {field.name: field.default for field in dataclasses.fields(Options)},
+    "command": {"drain_timeout": 15.0},
+}
+
+GROUPS: dict[str, tuple[Setting, ...]] = {
+    "model": (
+        Setting("model", text, "folder of the base model, as the first argument too", metavar="MODEL"),
+        Setting(
+            "served_model_name",
+            texts,
+            "names of the base; none: its folder's name",
+            field="served_model_names",
+            metavar="NAME",
+        ),
+        _engine("max_context", integer, "tokens of one sequence; none: the model's limit", "max_model_len"),
+        _engine("dtype", text, f"one of {', '.join(DTYPES)}"),
+        _engine("load_format", text, f"one of {', '.join(LOAD_FORMATS)}; dummy: random weights"),
+        _engine("seed", integer, "of the random numbers of requests that bring no seed"),
+        Setting(
+            "sampling_defaults",
+            mapping,
+            'for requests that leave them out, as JSON: {"temperature": 0.7}',
+            ("override_generation_config",),
+            metavar="JSON",
+        ),
+        Setting(
+            "generation_config",
+            text,
+            "defaults behind those: auto, the model folder's generation_config.json; vllm: none; else a folder",
+            metavar="auto|vllm|DIR",
+        ),
+    ),
+    "adapters": (
+        Setting(
+            "adapter",
+            adapters,
+            "adapters that are there from the start: NAME=PATH, or JSON with name, path, pinned",
+            ("lora_modules",),
+            field="adapters",
+            metavar="NAME=PATH",
+        ),
+        Setting("adapter_dir", text, "folder whose sub-folders are adapters; watched", metavar="DIR"),
+        Setting("adapter_poll", number, "between two looks at it", field="adapter_poll_s"),
+        Setting("adapter_root", texts, "paths over HTTP lie beneath", field="adapter_roots", metavar="DIR"),
+        _engine("max_adapters", integer, "distinct ones among the running requests; any number is served", "max_loras"),
+    ),
+    "device and memory": (
+        _engine("device", text, "auto, cpu, cuda, cuda:1"),
+        _engine("pool_bytes", num_bytes, "of KV cache and adapters together, as in 8GiB"),
+        _engine(
+            "pool_fraction", number, "the same, of what is free once the base is loaded; CUDA: 0.9", metavar="SHARE"
+        ),
+        _engine("host_bytes", num_bytes, "of the host tier, where adapters wait; CPU: 1 GiB, CUDA: 8 GiB"),
+        _engine("page_tokens", integer, "tokens of a page", "block_size"),
+        _engine("max_running", integer, "requests of one step", "max_num_seqs"),
+        _engine("max_batch_tokens", integer, "token rows of one step", "max_num_batched_tokens"),
+        _engine("max_waiting", integer, "requests that wait in the engine"),
+        _engine("prefetch", boolean, "adapters come to the device before their requests run"),
+    ),
+    "network": (
+        Setting("host", text, "address to listen on; without any key only loopback is answered"),
+        Setting("port", port, "0: any free one"),
+        Setting("metrics_port", port, "a second one: /metrics and the health routes without a key"),
+        Setting("allowed_origins", texts, "that browsers may call from; *: any", metavar="ORIGIN"),
+        Setting("num_threads", integer, "for HTTP; 0: half of the cores, 1 to 8"),
+        Setting("drain_timeout", number, "for running requests after the first signal", owner="command"),
+        Setting("step_timeout", number, "a longer step ends the engine; 0: none does", field="step_timeout_s"),
+    ),
+    "keys": (
+        Setting("api_key", texts, "users' keys", field="api_keys", metavar="KEY", is_secret=True),
+        Setting("api_keys_file", text, "users' keys with tenants and limits", metavar="FILE"),
+        Setting("admin_key", texts, "may manage adapters", field="admin_keys", metavar="KEY", is_secret=True),
+    ),
+    "requests": (
+        Setting("strict_fields", boolean, "unknown fields of requests are refused"),
+        Setting("access_log", boolean, "one line for each request; never its prompt"),
+        Setting("metrics_prefix", text, "of the series that other servers have too"),
+    ),
+    "limits": (
+        _limit("max_connections", integer, "further ones are told 503"),
+        _limit("max_queued_requests", integer, "choices beyond those that can run at once"),
+        _limit("max_queued_tokens", integer, "prompt tokens of everything unfinished"),
+        _limit("max_queued_bytes", num_bytes, "bodies that are being read or worked on"),
+        _limit("max_body_bytes", num_bytes, "of one request"),
+        _limit("max_header_bytes", num_bytes, "of one request"),
+        _limit("max_json_depth", integer, "nesting of a body"),
+        _limit("max_n", integer, "choices of one request"),
+        _limit("max_messages", integer, "of one chat"),
+        _limit("max_message_bytes", num_bytes, "of one chat"),
+        _limit("header_timeout", number, "a request's headers", "header_timeout_s"),
+        _limit("body_timeout", number, "a request's body", "body_timeout_s"),
+        _limit("stall_timeout", number, "a reader that takes nothing", "stall_timeout_s"),
+        _limit("accept_timeout", number, "a stream's headers wait for its adapter", "accept_timeout_s"),
+        _limit("keep_alive", number, "between comments in a silent stream", "keep_alive_s"),
+        _limit("text_threads", integer, "for templates and tokenizing"),
+    ),
+}
+SETTINGS = {setting.name: setting for settings in GROUPS.values() for setting in settings}
+BY_NAME = {name: setting for setting in SETTINGS.values() for name in setting.names}
+"""Aliases too."""
+
+VLLM_HINTS = {
+    "gpu_memory_utilization": "--pool-fraction is the share of what is free once the base is loaded",
+    "max_lora_rank": "any rank is served, its memory counted as it is; leave it out",
+    "lora_dtype": "adapters are served in the base's type; leave it out",
+    "fully_sharded_loras": "one GPU serves the base; leave it out",
+    "max_cpu_loras": "--host-bytes bounds the host tier in bytes",
+    "swap_space": "preempted requests are computed again; leave it out",
+    "tensor_parallel_size": "one GPU serves the base; leave it out",
+    "pipeline_parallel_size": "one GPU serves the base; leave it out",
+    "data_parallel_size": "start one server for each GPU",
+    "enforce_eager": "leave it out",
+    "enable_chunked_prefill": "prefill is always chunked; --max-batch-tokens bounds a chunk",
+    "enable_prefix_caching": "there is no prefix cache yet; leave it out",
+    "kv_cache_dtype": "the KV cache has the base's type; leave it out",
+    "quantization": "quantised bases are not supported",
+    "tokenizer": "the tokenizer is the model folder's",
+    "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
+    "chat_template": "templates come from the model's folder",
+    "disable_log_requests": "--no-access-log",
+    "enable_log_requests": "requests are logged without their prompts, always",
+    "disable_uvicorn_access_log": "--no-access-log",
+    "uvicorn_log_level": "--no-access-log",
+    "allow_credentials": "keys are sent as headers; leave it out",
+    "root_path": "a proxy's business",
+    "ssl_keyfile": "TLS is a proxy's business",
+    "ssl_certfile": "TLS is a proxy's business",
+    "enable_auto_tool_choice": "tools are not supported yet",
+    "tool_call_parser": "tools are not supported yet",
+    "reasoning_parser": "reasoning is not told apart from text",
+    "max_logprobs": "requests may ask for 20",
+    "revision": "the model is a folder on this machine",
+    "download_dir": "nothing is downloaded",
+}
