@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,8 @@ def run(counts: Counts, arrivals: list[int]) -> list[str]:
 
     runner._decoder = SimpleNamespace(forward=forward)
     runner._graphs = SimpleNamespace(run=lambda key, body: log.append(f"replay {key.num_rows}"))
-    runner._forward(StepShape.of(counts))
+    plan: Any = SimpleNamespace(array=lambda name: np.array([0, counts.num_rows]))
+    runner._forward(StepShape.of(counts), plan)
     return log
 
 
