@@ -1,7 +1,6 @@
 """Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
 
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
@@ -31,20 +30,6 @@ RING = 3
 """Buffers for what comes back: one is used again only after its step's result was taken."""
 KEPT_STEPS = 8
 """Steps whose end can still be waited for by a copy; older ones have ended."""
-LEAST_LAYERED_ROWS = 128
-"""Launching a step's layers one by one takes the host about as long as the device takes for this many rows: with fewer,
-it costs more than waiting for a swap-in."""
-
-
-class Path(Enum):
-    """How a step gets to the device."""
-
-    GRAPH = auto()
-    """By a recorded graph, behind all swap-ins that the step needs."""
-    LAYERED = auto()
-    """The graph's launches one by one, each layer behind its own part of the swap-ins."""
-    EAGER = auto()
-    """Launches for just this step, each layer behind its own part of the swap-ins."""
 
 
 class StepShape(NamedTuple):
@@ -60,11 +45,9 @@ class StepShape(NamedTuple):
         has_prefill = counts.num_requests > counts.num_decode
         return cls(counts.num_rows, counts.num_decode > 0, has_prefill, bool(counts.flags & HAS_LORA))
 
-    def path(self, *, is_waiting: bool) -> Path:
-        """`is_waiting`: adapters of the step are still being swapped in."""
-        if self.num_rows > graphs.MAX_ROWS:
-            return Path.EAGER
-        return Path.LAYERED if is_waiting and self.num_rows >= LEAST_LAYERED_ROWS else Path.GRAPH
+    @property
+    def is_recordable(self) -> bool:
+        return self.num_rows <= graphs.MAX_ROWS
 
 
 class CudaPending:
@@ -194,17 +177,14 @@ class CudaRunner:
 
     def _forward(self, shape: StepShape, plan: StepPlan) -> Tensor:
         """The normed hidden state [rows, hidden]; valid until the next step."""
-        path = shape.path(is_waiting=bool(self._step.arrivals))
-        if path is Path.EAGER:
+        if not shape.is_recordable:  # each layer waits for its own part of the swap-ins
             has_few = shape.has_lora and bool(np.any(np.diff(plan.array("seg_indptr")) <= MANY_ROWS))
             self._step.prepare(**shape._asdict(), has_few=has_few)
             return self._decoder.forward(self._step.ids, self._step)
+        # For all layers: launching their kernels one by one takes the host longer than a swap-in takes.
+        self._step.wait_for_adapters(self.pool.config.num_layers)
         shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
-        if path is Path.LAYERED:
-            self._forward_body(shape)()
-        else:
-            self._step.wait_for_adapters(self.pool.config.num_layers)
-            self._graphs.run(shape, self._forward_body(shape))
+        self._graphs.run(shape, self._forward_body(shape))
         return self._hidden
 
     def _forward_body(self, shape: StepShape) -> Callable[[], object]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from slora.cuda_runner import LEAST_LAYERED_ROWS, CudaRunner, StepShape
+from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
 from slora.plan import HAS_LORA, Counts
 
@@ -59,18 +59,12 @@ def test_a_step_that_waits_for_nothing_is_a_graph() -> None:
     assert run(cold(1), []) == ["replay 1"]
 
 
-def test_each_layer_waits_for_its_own_part_of_a_swap_in() -> None:
-    layers = ["wait 0", "layer 0", "wait 1", "layer 1", "wait 2", "layer 2"]
-    assert run(cold(500), [0, 1, 2]) == ["prepare 504 as in a graph", *layers]
-    assert run(cold(LEAST_LAYERED_ROWS), [0, 1, 2]) == [f"prepare {LEAST_LAYERED_ROWS} as in a graph", *layers]
-
-
-def test_a_few_rows_wait_for_the_whole_swap_in() -> None:
+def test_a_graph_waits_for_the_whole_swap_in() -> None:
     waits = ["wait 0", "wait 1", "wait 2"]
-    assert run(cold(LEAST_LAYERED_ROWS - 1), [0, 1, 2]) == [*waits, f"replay {LEAST_LAYERED_ROWS}"]
+    assert run(cold(500), [0, 1, 2]) == [*waits, "replay 504"]
 
 
-def test_a_large_step_is_launched_for_itself() -> None:
+def test_a_large_step_is_launched_for_itself_each_layer_behind_its_own_part_of_a_swap_in() -> None:
     layers = ["layer 0", "wait 1", "layer 1", "layer 2"]
     assert run(cold(513), [1]) == ["prepare 513", *layers]
     assert run(cold(8000), []) == ["prepare 8000", "layer 0", "layer 1", "layer 2"]

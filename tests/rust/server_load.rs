@@ -1,7 +1,6 @@
 //! The load generator against a real server over real sockets.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
-#[allow(dead_code, reason = "other tests use the rest")]
 mod server_world;
 
 use std::io::{Read, Write};
