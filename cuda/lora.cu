@@ -6,7 +6,7 @@
 //   sums   [rows, sums_stride] fp32: the intermediate, in partial sums
 //
 // lora_work: a block for each layer group makes the lists of a step, a thread for each segment.
-// lora_cluster: a constant grid of clusters, each takes every n-th unit: segments of few rows, from sm_90 on.
+// lora_cluster: a constant grid of clusters, each takes every n-th unit: segments of few rows, where there are clusters.
 // lora_shrink, lora_expand: a constant grid of warps; each takes every n-th item of a list.
 // Weights and lists do not depend on the kernel before: they are on their way before a warp waits for that kernel.
 #include "lora_cluster.cuh"

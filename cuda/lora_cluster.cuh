@@ -5,8 +5,9 @@
 // up both: the same tree, whether a team has one block or two. Then each warp expands every n-th 256 columns of the output.
 // Nothing but delta is written to memory, and no fence waits for what is on its way from it.
 //
-// Weights come through stages in shared memory, 16 rows of 512 bytes each, by bulk copies: an SM begins one in about 10 cycles. Each warp has two stages to itself and fills one while it uses the other. Stages are asked for in the order
-// of their use, across tiles, phases and units, so that copies are on their way while warps wait for each other.
+// Weights come through stages in shared memory, 16 rows of 512 bytes each, by bulk copies: an SM begins one in about 10 cycles.
+// Each warp has two stages to itself and fills one while it uses the other. Stages are asked for in the order of their use,
+// across tiles, phases and units, so that copies are on their way while warps wait for each other.
 #pragma once
 
 #include "cluster.cuh"

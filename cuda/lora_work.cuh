@@ -21,8 +21,8 @@
 #define EXPAND_ROWS 64
 #define SUM_CHUNKS 4
 #define MANY_TILES 2
-// From sm_90 on, blocks of a cluster do all of a unit (lora_cluster.cuh).
-#define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && DTYPE != 0 && ALIGNED)
+// Blocks of a cluster do all of a unit (lora_cluster.cuh) where they have the shared memory for it: not on sm_120.
+#define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 && DTYPE != 0 && ALIGNED)
 #define CLUSTER 2
 #define TEAM_WARPS 8    // of a block
 #define TEAM_THREADS (TEAM_WARPS * 32)

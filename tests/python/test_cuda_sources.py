@@ -33,3 +33,10 @@ def test_compiles(name: str, arch: str) -> None:
 
 def test_no_source_is_left_out() -> None:
     assert {path.stem for path in (Path(__file__).parents[2] / "cuda").glob("*.cu")} == set(SOURCES)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_host_knows_who_has_clusters(arch: str) -> None:
+    """sm_120 has clusters, but less shared memory than a block of them needs."""
+    has_kernel = b"lora_cluster" in nvrtc.compile_only("lora", {"DTYPE": 1, "ALIGNED": 1}, arch)
+    assert has_kernel == (int(arch[3:-1]) in nvrtc.CLUSTER_MAJORS)

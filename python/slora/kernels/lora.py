@@ -1,5 +1,5 @@
 """The LoRA op on CUDA (`cuda/lora.cu`): once a step the work lists of all layer groups, then for each group one kernel
-(segments of few rows, from sm_90 on), or two (others).
+(segments of few rows, where there are clusters), or two (others).
 
 Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
 the launches may be captured in a graph.

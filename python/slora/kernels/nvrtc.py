@@ -31,6 +31,8 @@ _ARCH = re.compile(r"^#pragma slora arch (sm_\d+a)$", re.MULTILINE)
 _OPTIONS = ("--std=c++17", "--define-macro=NDEBUG", "-default-device")
 _MAX_SHARED, _CLUSTER, _PROGRAMMATIC = 8, 4, 6  # CU_FUNC_ATTRIBUTE_…, CU_LAUNCH_ATTRIBUTE_…
 _STATIC_SHARED_LIMIT = 48 * 1024
+CLUSTER_MAJORS = (9, 10, 11)
+"""Devices with clusters whose blocks have more than 200 KB of shared memory."""
 _SCALARS = {"int32": "c_int32", "int64": "c_int64", "uint32": "c_uint32", "uint64": "c_uint64", "float32": "c_float"}
 
 
@@ -42,7 +44,7 @@ def load(name: str, macros: Macros | None = None) -> "Module":
 @cache
 def _load(name: str, macros: tuple[tuple[str, int | float | str], ...], device: int) -> "Module":
     major, minor = torch.cuda.get_device_capability(device)
-    return Module(name, _cached(name, dict(macros), f"sm_{major}{minor}"), is_hopper=major >= 9)
+    return Module(name, _cached(name, dict(macros), f"sm_{major}{minor}"), major)
 
 
 def compile_only(name: str, macros: Macros | None = None, arch: str = "sm_90") -> bytes:
@@ -59,9 +61,9 @@ def expand(name: str) -> str:
 class Module:
     """The kernels of one file, loaded on the current device."""
 
-    def __init__(self, name: str, binary: bytes, *, is_hopper: bool) -> None:
-        """`is_hopper`: sm_90 or newer."""
-        self.name, self.has_programmatic_launch, self.has_clusters = name, is_hopper, is_hopper
+    def __init__(self, name: str, binary: bytes, major: int) -> None:
+        """`major`: of the device's compute capability."""
+        self.name, self.has_programmatic_launch, self.has_clusters = name, major >= 9, major in CLUSTER_MAJORS
         torch.cuda.synchronize()  # makes the device's primary context this thread's
         self._handle = ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), binary), f"load {name}")

@@ -51,7 +51,8 @@ pub struct EndEvent {
     pub reason: EndReason,
 }
 
-/// What happened since the last look. Admissions come before prompt events. Prompt events come before token events, token events before end events.
+/// What happened since the last look. Admissions come before prompt events, those before token events, those before end
+/// events.
 #[derive(Debug, Default)]
 pub struct Events {
     /// Requests that began to run; one that was preempted and runs again is here again.
