@@ -1,11 +1,10 @@
 // Clusters of thread blocks that write to each other's shared memory, and bulk copies to shared memory: sm_90 and newer.
 #pragma once
 
+#include "async_copy.cuh"
 #include "element.cuh"
 
 extern __shared__ __align__(128) char shared_memory[];
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {

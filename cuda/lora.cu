@@ -7,12 +7,14 @@
 //
 // lora_work: a block for each layer group makes the lists of a step, a thread for each segment.
 // lora_cluster: a constant grid of clusters, each takes every n-th unit: segments of few rows, where there are clusters.
-// lora_shrink, lora_expand: a constant grid of warps; each takes every n-th item of a list.
+// lora_shrink, lora_expand: a constant grid; each warp, or block, takes every n-th item of a list.
+// lora_silu_mul: the consumer of gate_up's delta as an expand: it takes the place of lora_expand and of silu_mul.
 // Weights and lists do not depend on the kernel before: they are on their way before a warp waits for that kernel.
 #include "lora_cluster.cuh"
 #include "lora_expand.cuh"
 #include "lora_fp32.cuh"
 #include "lora_shrink.cuh"
+#include "lora_silu.cuh"
 #include "lora_work.cuh"
 #include "sync.cuh"
 
@@ -58,13 +60,19 @@ __device__ __forceinline__ Segment describe(
   return s;
 }
 
-__device__ __forceinline__ void count_items(const Group& group, const Segment& s, int counts[NUM_LISTS]) {
-  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0;
-  if (HAS_CLUSTER && !s.is_many) return; // units instead
-  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank));
-  if (s.is_many) counts[MANY] = ceil_div(s.num_rows, 16) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, SUM_CHUNKS);
-  else counts[FEW] = ceil_div(s.num_rows, 8) * s.tiles * parts;
-  counts[OUT] = ceil_div(s.num_rows, s.is_many ? EXPAND_ROWS : 8) * columns;
+__device__ __forceinline__ void count_items(const Group& group, const Segment& s, bool leaves_expand, int counts[NUM_LISTS]) {
+  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0, rest = ceil_div(group.out[0], SILU_COLUMNS);
+  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank, s.is_many));
+  if (s.is_many) {
+    counts[MANY] = ceil_div(s.num_rows, SHRINK_ROWS) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, SUM_CHUNKS);
+    counts[MANY_OUT] = ceil_div(s.num_rows, EXPAND_ROWS) * (leaves_expand ? rest : columns);
+  } else {
+    if (leaves_expand) counts[REST] = ceil_div(s.num_rows, 8) * rest;
+#if !HAS_CLUSTER // else units
+    counts[FEW] = ceil_div(s.num_rows, 8) * s.tiles * parts;
+    counts[FEW_OUT] = ceil_div(s.num_rows, 8) * columns;
+#endif
+  }
 }
 
 #if HAS_CLUSTER
@@ -138,7 +146,7 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
 
 extern "C" __global__ void __launch_bounds__(256) lora_work(
     Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter, int most_few,
-    int num_clusters) {
+    int num_clusters, int expanding_group) {
   __shared__ int warp_ends[NUM_LISTS][8];
   int list = blockIdx.x, layer = list / 4, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Group& group = groups.of[list % 4];
@@ -147,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
     int i = first + threadIdx.x, ends[NUM_LISTS] = {};
     if (i < n) {
       Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i], most_few);
-      count_items(group, s, ends);
+      count_items(group, s, list % 4 == expanding_group, ends);
       work.segments[(long long)list * work.max_segments + i] = s;
     }
     for (int l = 0; l < NUM_LISTS; l++) {
@@ -169,48 +177,100 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0) work.totals[list] = make_int4(n, before[FEW], before[MANY], before[OUT]);
+  if (threadIdx.x == 0) {
+    work.totals[list].segments = n, work.totals[list].leaves_expand = list % 4 == expanding_group;
+    for (int l = 0; l < NUM_LISTS; l++) work.totals[list].items[l] = before[l];
+  }
 #if HAS_CLUSTER
   list_units(group, work, list, n, num_clusters);
 #endif
 }
 
+// A list of a layer group.
+struct List {
+  const int* ends;
+  const Segment* segments;
+  int num_segments, size;
+
+  __device__ __forceinline__ List(const Work& work, int list, int which)
+      : ends(work.ends + ((long long)list * NUM_LISTS + which) * work.max_segments),
+        segments(work.segments + (long long)list * work.max_segments),
+        num_segments(__ldg(&work.totals[list].segments)), size(__ldg(&work.totals[list].items[which])) {}
+
+  // The segment of item `i`, which becomes its place among the segment's.
+  __device__ __forceinline__ Segment segment(int& i) const { return load_segment(segments + find_segment(ends, num_segments, i)); }
+
+  // Items of a warp share nothing: neighbours go to different multiprocessors, so that all have equally much to read.
+  template <typename Body>
+  __device__ __forceinline__ void each_of_warp(Body body) const {
+    for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < size; item += gridDim.x * WARPS) {
+      int i = item;
+      Segment s = segment(i);
+      body(s, i);
+    }
+  }
+
+  template <typename Body>
+  __device__ __forceinline__ void each_of_block(Body body) const {
+    for (int item = blockIdx.x; item < size; item += gridDim.x) {
+      int i = item;
+      Segment s = segment(i);
+      body(s, i);
+    }
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_shrink(Pool pool, Group group, Work work, int list, const Element* x) {
-  int warp = threadIdx.x / 32, layer = list / 4;
-  int4 totals = __ldg(work.totals + list);
-  const int* ends = work.ends + (long long)list * NUM_LISTS * work.max_segments;
-  const Segment* segments = work.segments + (long long)list * work.max_segments;
+  int layer = list / 4;
   let_next_kernel_start();
-  // Items of few rows share nothing: neighbours go to different multiprocessors, so that all have equally much to read.
   bool has_waited = false;
-  for (int item = warp * gridDim.x + blockIdx.x; item < totals.y; item += gridDim.x * WARPS) {
-    int i = item, segment = find_segment(ends + FEW * work.max_segments, totals.x, i);
-    shrink_few(pool, group, work, load_segment(segments + segment), layer, i, x, has_waited);
-  }
+#if !HAS_CLUSTER
+  List(work, list, FEW).each_of_warp([&](const Segment& s, int i) { shrink_few(pool, group, work, s, layer, i, x, has_waited); });
+#endif
+  List many(work, list, MANY);
   wait_once(has_waited);
-  // Neighbouring items of many rows share their weights: warps of one block take them together.
-  for (int item = blockIdx.x * WARPS + warp; item < totals.z; item += gridDim.x * WARPS) {
-    int i = item, segment = find_segment(ends + MANY * work.max_segments, totals.x, i);
-    shrink_many(pool, group, work, load_segment(segments + segment), layer, i, x);
-  }
+#if DTYPE != 0
+  many.each_of_block([&](const Segment& s, int i) {
+    shrink_many(*(ShrinkMemory*)shared_memory, pool, group, work, s, layer, i, x);
+  });
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_expand(Pool pool, Group group, Work work, int list, Element* delta) {
-  __shared__ float shrunk[WARPS][8 * SHRUNK_STRIDE];
-  int warp = threadIdx.x / 32, layer = list / 4;
-  int4 totals = __ldg(work.totals + list);
-  const int* ends = work.ends + ((long long)list * NUM_LISTS + OUT) * work.max_segments;
-  const Segment* segments = work.segments + (long long)list * work.max_segments;
+  int layer = list / 4;
   let_next_kernel_start();
   bool has_waited = false;
-  for (int item = warp * gridDim.x + blockIdx.x; item < totals.w; item += gridDim.x * WARPS) {
-    int i = item, segment = find_segment(ends, totals.x, i);
-    expand(pool, group, work, load_segment(segments + segment), layer, i, delta, shrunk[warp], has_waited);
-  }
+#if !HAS_CLUSTER
+  List(work, list, FEW_OUT).each_of_warp([&](const Segment& s, int i) {
+    expand_few(pool, group, work, s, layer, i, delta, has_waited);
+  });
+#endif
+  List many(work, list, MANY_OUT);
+  bool leaves_expand = __ldg(&work.totals[list].leaves_expand);
   wait_once(has_waited);
+#if DTYPE != 0
+  if (leaves_expand) return;
+  many.each_of_block([&](const Segment& s, int i) {
+    expand_many(*(ExpandMemory<1>*)shared_memory, pool, group, work, s, layer, i, delta);
+  });
+#endif
 }
+
+#if DTYPE != 0 && ALIGNED
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    lora_silu_mul(Pool pool, Group group, Work work, int list, const Element* gate_up, const Element* delta, Element* out) {
+  int layer = list / 4;
+  List many(work, list, MANY_OUT), rest(work, list, REST);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  many.each_of_block([&](const Segment& s, int i) {
+    silu_mul_many(*(ExpandMemory<2>*)shared_memory, pool, group, work, s, layer, i, gate_up, out);
+  });
+  rest.each_of_warp([&](const Segment& s, int i) { silu_mul_rest(group, s, i, gate_up, delta, out); });
+}
+#endif
 
 #if HAS_CLUSTER
 extern "C" __global__ void __launch_bounds__(TEAM_THREADS, 1)

@@ -140,6 +140,7 @@ struct Feed {
     if (done >= size) return;
     const char* from;
     int rows, bytes, stride;
+    bool is_b_stage = is_b;
     if (is_b) {
       int column = run, m = unit.module_of(group, column), width = Unit::columns(group, m);
       const SegmentModule& module = copy.modules[m];
@@ -161,7 +162,8 @@ struct Feed {
     __syncwarp(); // all lanes have read what was in the stage
     if (lane == 0) expect_bytes(full, rows * bytes);
     __syncwarp();
-    if (lane < rows) copy_bulk(memory.stages[warp][s] + lane * stride, from, bytes, full);
+    int place = is_b_stage ? lane % 4 * 4 + lane / 4 : lane; // of B, lanes read ranks 4t .. 4t + 4 from different banks
+    if (lane < rows) copy_bulk(memory.stages[warp][s] + place * stride, from, bytes, full);
   }
 };
 
@@ -227,20 +229,20 @@ __device__ __forceinline__ void shrink_stage(float acc[4], const char* stage, co
 
 // acc[64 columns each, 8 rows] += a stage of B, of ranks `first` .. of `rank`, times v.
 __device__ __forceinline__ void expand_stage(float acc[STAGE_COLUMNS / 64][4][4], const char* stage, const float* v, int first, int rank, float scale) {
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, r = first + t * 4;
+  float mine[4];
 #pragma unroll
-  for (int k = 0; k < 16; k += 8) {
-    int r = first + k + t;
-    if (first + k >= rank) break;
-    float v0 = r < rank ? v[r] * scale : 0.0f, v1 = r + 4 < rank ? v[r + 4] * scale : 0.0f;
+  for (int i = 0; i < 4; i++) mine[i] = r + i < rank ? v[r + i] : 0.0f;
+  uint4 operands = operand(mine, scale);
 #pragma unroll
-    for (int c = 0; c < STAGE_COLUMNS / 64; c++) {
-      const char* at = stage + (k + t) * B_STRIDE + c * 128 + g * 16;
-      uint4 low = *(const uint4*)at, high = *(const uint4*)(at + 4 * B_STRIDE);
-      if (r >= rank) low = make_uint4(0, 0, 0, 0); // what an earlier stage left
-      if (r + 4 >= rank) high = make_uint4(0, 0, 0, 0);
-      expand_step(acc[c], low, high, v0, v1);
+  for (int c = 0; c < STAGE_COLUMNS / 64; c++) {
+    uint4 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      w[i] = *(const uint4*)(stage + (i * 4 + t) * B_STRIDE + c * 128 + g * 16);
+      if (r + i >= rank) w[i] = make_uint4(0, 0, 0, 0); // what an earlier stage left
     }
+    expand_step(acc[c], w, operands);
   }
 }
 
@@ -297,6 +299,7 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
       }
       __syncthreads();
       exchange.take();
+      if (first) __syncthreads(); // all have taken: the other block may use that buffer once it has what is given now
       exchange.give(first, n);
       if (first + ROUND < tiles) __syncthreads();
     }

@@ -31,29 +31,35 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   }
 }
 
-__device__ __forceinline__ void shrink_many(
-    const Pool&, const Group&, const Work&, const Segment&, int, int, const Element*) {}
-
 // A lane takes every 32nd column.
-__device__ __forceinline__ void expand(const Pool& pool, const Group& group, const Work& work, const Segment& s,
-                                       int layer, int i, Element* delta, float* shrunk, bool& has_waited) {
-  OutItem item = out_item(group, s, i);
+__device__ __forceinline__ void expand_few(const Pool& pool, const Group& group, const Work& work, const Segment& s,
+                                           int layer, int i, Element* delta, bool& has_waited) {
+  __shared__ float all[WARPS][RANK_BLOCK * 8]; // [rank, row]
+  OutItem item = out_item(group, s, 8, i);
+  WeightRows b(group, s, layer, item.index);
   int lane = threadIdx.x % 32, rank = item.module.rank, rows = item.num_rows;
-  int layer_module = layer * NUM_MODULES + group.first_module + item.index;
+  float* shrunk = all[threadIdx.x / 32];
   wait_once(has_waited);
+  Sums sums(group, work, s);
   delta += (long long)(s.first_row + item.row) * group.out_stride + item.delta_column;
   int end = min(item.out, item.column + item.columns);
   for (int first = 0; first == 0 || first < rank; first += RANK_BLOCK) {
     int n = min(RANK_BLOCK, rank - first);
-    if (n) add_sums(group, work, s, item.row, item.first_rank + first, n, item.module.scale, shrunk);
+    for (int e = lane; e < ceil_div(n, 4) * 8; e += 32) {
+      float total[4];
+      sums.total(total, item.row + min(e % 8, rows - 1), item.module.first_rank + first + e / 8 * 4, n - e / 8 * 4);
+#pragma unroll
+      for (int j = 0; j < 4; j++) shrunk[(e / 8 * 4 + j) * 8 + e % 8] = total[j] * item.module.scale;
+    }
+    __syncwarp();
     for (int column = item.column + lane; column < end; column += 32) {
       float acc[8];
 #pragma unroll
       for (int j = 0; j < 8; j++) acc[j] = first && j < rows ? delta[(long long)j * group.out_stride + column] : 0.0f;
       for (int k = 0; k < n; k++) {
-        float w = ((const float*)far_row(pool, s.adapter, layer_module, 7, first + k))[column];
+        float w = ((const float*)b.at(pool, first + k))[column];
 #pragma unroll
-        for (int j = 0; j < 8; j++) acc[j] = fmaf(w, shrunk[j * SHRUNK_STRIDE + k], acc[j]);
+        for (int j = 0; j < 8; j++) acc[j] = fmaf(w, shrunk[k * 8 + j], acc[j]);
       }
 #pragma unroll
       for (int j = 0; j < 8; j++)

@@ -1,6 +1,7 @@
 // Loads and stores of 8 elements (16 bytes). Rows of weights start on 16 bytes; rows of x and delta do if ALIGNED.
 #pragma once
 
+#include "async_copy.cuh"
 #include "element.cuh"
 #include "memory.cuh"
 
@@ -31,6 +32,15 @@ __device__ __forceinline__ uint4 load_x(const Element* row, int k, int end) {
   v = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 #endif
   return v;
+}
+
+// The same into shared memory, by an asynchronous copy where the row allows it.
+__device__ __forceinline__ void copy_x(void* to, const Element* row, int k, int end) {
+#if ALIGNED
+  copy_async(to, row + (k < end ? k : 0), k < end);
+#else
+  *(uint4*)to = load_x(row, k, end);
+#endif
 }
 
 // Columns k .. k + 8 of a row of delta, those below `end`.

@@ -1,9 +1,11 @@
-// Shrink, one warp an item: sums[row, rank] += x[row, columns] . A[rank, columns], in fp32.
+// Shrink: sums[row, rank] += x[row, columns] . A[rank, columns], in fp32.
 //
 // A's ranks are the 16 rows of the tensor core's first operand, the rows of x its 8 columns. Both come straight from
 // memory, 16 bytes a lane: the order of the columns is free as long as both operands have the same one, so lane 4g + t
 // takes columns 8t .. 8t + 8 of 32 for rank g (and g + 8) and for row g. Lanes beyond the last rank or row read that one
 // again, and what they compute is not used; columns beyond the end are zeros in x.
+// Of few rows, a warp takes an item. Of many, a block takes SHRINK_ROWS rows, 16 a warp, and both operands come through a
+// ring of stages in shared memory.
 #pragma once
 
 #include "lora_memory.cuh"
@@ -28,6 +30,10 @@ __device__ __forceinline__ const char* a_row(const Pool& pool, const Group& grou
   return s.is_far ? far_a_row(pool, group, s, layer, i) : near_row(s.a, s.a_split, row_bytes(group.in), i);
 }
 
+#define STAGE_K 64 // columns of a stage
+#define SHRINK_STAGES 4
+#define K_STRIDE (STAGE_K * 2 + 16) // bytes from row to row: lanes read from different banks
+
 // Which part of a segment an item of the FEW list is.
 struct FewItem {
   int row, part, tile;
@@ -38,14 +44,14 @@ __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
 }
 
-// The same of the MANY list: 16 rows from `row`, MANY_TILES tiles from `tile`, SUM_CHUNKS chunks.
+// The same of the MANY list: SHRINK_ROWS rows from `row`, MANY_TILES tiles from `tile`, SUM_CHUNKS chunks.
 struct ManyItem {
   int row, part, tile;
 };
 
 __device__ __forceinline__ ManyItem many_item(int num_rows, int tiles, int i) {
-  int row_tiles = ceil_div(num_rows, 16), blocks = ceil_div(tiles, MANY_TILES);
-  return {i / blocks % row_tiles * 16, i / blocks / row_tiles, i % blocks * MANY_TILES};
+  int row_tiles = ceil_div(num_rows, SHRINK_ROWS), blocks = ceil_div(tiles, MANY_TILES);
+  return {i / blocks % row_tiles * SHRINK_ROWS, i / blocks / row_tiles, i % blocks * MANY_TILES};
 }
 
 #if DTYPE != 0
@@ -107,44 +113,72 @@ __device__ __forceinline__ void add_chunk(float total[16], float pair[16], const
   }
 }
 
-// The same sums as of few rows, added up over SUM_CHUNKS chunks.
-__device__ __forceinline__ void shrink_many(
-    const Pool& pool, const Group& group, const Work& work, const Segment& s, int layer, int i, const Element* x) {
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+struct ShrinkMemory {
+  char x[SHRINK_STAGES][SHRINK_ROWS * K_STRIDE];
+  char a[SHRINK_STAGES][MANY_TILES * 16 * K_STRIDE];
+};
+
+// Of a whole block: the same sums as of few rows, added up over SUM_CHUNKS chunks.
+__device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& pool, const Group& group, const Work& work,
+                                            const Segment& s, int layer, int i, const Element* x) {
+  constexpr int pieces = STAGE_K / 8, rows_at_once = THREADS / pieces, x_turns = SHRINK_ROWS / rows_at_once;
+  static_assert(MANY_TILES * 16 == rows_at_once, "each thread copies one piece of A");
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * 16;
+  int my_row = threadIdx.x / pieces, my_column = threadIdx.x % pieces * 8, last = (group.in - 1) / 8 * 8;
   ManyItem item = many_item(s.num_rows, s.tiles, i);
-  int tile = item.tile, row = item.row, part = item.part;
-  const char* a[4];
-  const Element* x_rows[2];
+  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * SUM_CHUNKS * chunk, steps = ceil_div(chunk, STAGE_K);
+  const char* a_source = a_row(pool, group, s, layer, item.tile * 16 + my_row);
+  bool is_a = item.tile * 16 + my_row < s.tiles * 16;
+  const Element* x_source[x_turns];
 #pragma unroll
-  for (int j = 0; j < 4; j++) a[j] = a_row(pool, group, s, layer, tile * 16 + j * 8 + g);
+  for (int j = 0; j < x_turns; j++)
+    x_source[j] = x + (long long)(s.first_row + min(item.row + my_row + j * rows_at_once, s.num_rows - 1)) * group.in;
+  int next_chunk = begin, next_column = 0; // what to ask for
+  auto fill = [&](int stage) {
+    int k = next_chunk + next_column + my_column, end = min(group.in, next_chunk + chunk);
+    if (next_chunk < begin + SUM_CHUNKS * chunk) {
+      char* to = memory.x[stage] + my_row * K_STRIDE + my_column * 2;
 #pragma unroll
-  for (int j = 0; j < 2; j++) x_rows[j] = x + (long long)(s.first_row + min(row + j * 8 + g, s.num_rows - 1)) * group.in;
-  float total[16] = {}, pair[16]; // [tile, 8 rows, 4]
-  int chunk = chunk_columns(group.in, s.tiles), begin = part * SUM_CHUNKS * chunk;
-  int end = min(group.in, begin + SUM_CHUNKS * chunk), last = (group.in - 1) / 8 * 8;
-  for (int i = 0; i < SUM_CHUNKS; i++, begin += chunk) {
-    float acc[4][4] = {};
-    int chunk_end = min(end, begin + chunk);
-    for (int k = begin + t * 8; k - t * 8 < chunk_end; k += 64) {
-      uint4 w[2][4], v[2][2];
+      for (int j = 0; j < x_turns; j++) copy_x(to + j * rows_at_once * K_STRIDE, x_source[j], k, end);
+      copy_async(memory.a[stage] + my_row * K_STRIDE + my_column * 2, a_source + min(k, last) * 2, is_a);
+    }
+    commit_copies();
+    next_column += STAGE_K;
+    if (next_column >= chunk) next_column = 0, next_chunk += chunk;
+  };
+  __syncthreads(); // the item before has been read
+  for (int stage = 0; stage < SHRINK_STAGES - 1; stage++) fill(stage);
+  float total[16] = {}, pair[16], acc[4][4] = {}; // [tile, 8 rows, 4]
+  bool is_mine = item.row + warp_row < s.num_rows;
+  for (int step = 0, of_chunk = 0, c = 0; step < SUM_CHUNKS * steps; step++) {
+    wait_copies<SHRINK_STAGES - 2>();
+    __syncthreads();
+    fill((step + SHRINK_STAGES - 1) % SHRINK_STAGES);
+    if (!is_mine) continue;
+    const char* v_at = memory.x[step % SHRINK_STAGES] + (warp_row + g) * K_STRIDE + t * 16;
+    const char* w_at = memory.a[step % SHRINK_STAGES] + g * K_STRIDE + t * 16;
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        int column = min(k + j * 32, last);
+    for (int j = 0; j < STAGE_K / 32; j++) {
+      uint4 v[2], w[MANY_TILES * 2];
 #pragma unroll
-        for (int m = 0; m < 2; m++) v[j][m] = load_x(x_rows[m], k + j * 32, chunk_end);
+      for (int m = 0; m < 2; m++) v[m] = *(const uint4*)(v_at + m * 8 * K_STRIDE + j * 64);
 #pragma unroll
-        for (int m = 0; m < 4; m++) w[j][m] = mask_tail(__ldg((const uint4*)(a[m] + column * 2)), group.in - column);
+      for (int m = 0; m < MANY_TILES * 2; m++) {
+        int valid = group.in - begin - c * chunk - of_chunk * STAGE_K - j * 32 - t * 8;
+        w[m] = mask_tail(*(const uint4*)(w_at + m * 8 * K_STRIDE + j * 64), valid);
       }
 #pragma unroll
-      for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int m = 0; m < 4; m++) shrink_step(acc[m], w[j][m / 2 * 2], w[j][m / 2 * 2 + 1], v[j][m % 2]);
+      for (int m = 0; m < 4; m++) shrink_step(acc[m], w[m / 2 * 2], w[m / 2 * 2 + 1], v[m % 2]);
     }
+    if (++of_chunk < steps) continue;
+    of_chunk = 0;
+    add_chunk(total, pair, acc[0], c++);
 #pragma unroll
-    add_chunk(total, pair, acc[0], i);
+    for (int e = 0; e < 16; e++) acc[e / 4][e % 4] = 0;
   }
 #pragma unroll
   for (int m = 0; m < 4; m++)
-    if (tile + m / 2 < s.tiles) store_sums(work, s, row + m % 2 * 8 + t * 2, part, tile + m / 2, total + m * 4);
+    if (item.tile + m / 2 < s.tiles && is_mine)
+      store_sums(work, s, item.row + warp_row + m % 2 * 8 + t * 2, item.part, item.tile + m / 2, total + m * 4);
 }
 #endif

@@ -4,11 +4,15 @@
 // side by side in delta [rows, out]. A's rows of all its modules, one after the other, are its `ranks` rows, in `tiles`
 // of 16. A segment has *many* rows if it has more than the step says, else *few*. Items are worth a warp's while, and
 // their number follows from (in, out, ranks, rows of the segment) alone:
-//   few   8 rows x one tile x chunk_columns of x
-//   many  16 rows x MANY_TILES tiles x SUM_CHUNKS chunks
-//   out   8 rows (few) or EXPAND_ROWS (many) x all ranks of a module x item_columns of delta
+//   few       8 rows x one tile x chunk_columns of x
+//   few_out   8 rows x all ranks of a module x item_columns of delta
+//   many      SHRINK_ROWS rows x MANY_TILES tiles x SUM_CHUNKS chunks
+//   many_out  EXPAND_ROWS rows x all ranks of a module x item_columns of delta
 // Shrinking leaves partial sums, one for each chunk (few) or SUM_CHUNKS of them (many); expanding adds them in order.
 // Where there are clusters, units of 8 rows take the place of the items of few rows, and sums are added in a binary tree.
+// In a group whose consumer expands, a many_out item is EXPAND_ROWS rows x SILU_COLUMNS of its output, and those of
+// segments of few rows are
+//   rest      8 rows x SILU_COLUMNS
 #pragma once
 
 #include "element.cuh"
@@ -18,9 +22,13 @@
 #define WARPS 8
 #define BLOCKS_PER_SM 2
 #define MAX_SEGMENTS 1024
+#define SHRINK_ROWS 128
 #define EXPAND_ROWS 64
+#define EXPAND_STAGES 3
 #define SUM_CHUNKS 4
 #define MANY_TILES 2
+#define SILU_COLUMNS 1024
+#define RANK_BLOCK 64 // ranks whose sums a warp expands together
 // Blocks of a cluster do all of a unit (lora_cluster.cuh) where they have the shared memory for it: not on sm_120.
 #define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 && DTYPE != 0 && ALIGNED)
 #define CLUSTER 2
@@ -33,7 +41,11 @@
 #define UNIT_OVERHEAD 24 // what a unit costs beside its weights, in 1024 elements of them that a block reads meanwhile
 #define MODULE_WORDS 12
 #define NUM_MODULES 7
-enum { FEW, MANY, OUT, NUM_LISTS };
+#if HAS_CLUSTER
+enum { MANY, MANY_OUT, REST, NUM_LISTS };
+#else
+enum { MANY, MANY_OUT, REST, FEW, FEW_OUT, NUM_LISTS };
+#endif
 
 struct Pool {
   const char* pages;        // [num_pages, page_bytes]
@@ -99,8 +111,12 @@ struct alignas(16) Start {
   Segment segment;
 };
 
+struct alignas(16) Totals {
+  int segments, leaves_expand, items[NUM_LISTS];
+};
+
 struct Work {
-  int4* totals;      // [layers * 4]: segments, then the items of each list
+  Totals* totals;    // [layers * 4]
   int* ends;         // [layers * 4, NUM_LISTS, max_segments]: items of a list up to and with each segment
   Segment* segments; // [layers * 4, max_segments]
   float* sums;       // [rows, sums_stride]: partial sums [chunk, tiles * 16] of a row
@@ -125,8 +141,10 @@ __device__ __forceinline__ int chunk_columns(int in, int tiles) {
   return HAS_CLUSTER ? ceil_div(in, LEAVES * 32) * 32 : (in > 8192 ? 512 : 256) * max(1, ceil_div(tiles, 4));
 }
 
-// Columns of delta that an OUT item takes: about 8 KB of weights.
-__device__ __forceinline__ int item_columns(int rank) { return rank <= 8 ? 512 : rank <= 16 ? 256 : rank <= 32 ? 128 : 64; }
+// Columns of delta that an item takes: of few rows, about 8 KB of weights.
+__device__ __forceinline__ int item_columns(int rank, bool is_many) {
+  return is_many ? 512 : rank <= 16 ? 256 : rank <= 32 ? 128 : 64;
+}
 
 // Row i of a module's A (words 2..6 of its descriptor) or B (7..11), wherever it lies.
 __device__ __noinline__ const char* far_row(const int* words, const int* pages, const char* pool, long long page_bytes, int i) {

@@ -1,8 +1,11 @@
 // out = silu(gate) * up of gate_up + delta.
 // gate_up, delta [rows, 2 inner] (delta may be null), out [rows, inner].
 // A thread per vector of `out`, grid-stride: one pass over memory.
+#include "silu.cuh"
 #include "sync.cuh"
 #include "vectors.cuh"
+
+constexpr bool IS_FAST = sizeof(element) == 2;
 
 template <int N>
 __device__ __forceinline__ void silu_mul_piece(
@@ -17,7 +20,7 @@ __device__ __forceinline__ void silu_mul_piece(
             add(delta + up_at, up);
         }
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        for (int i = 0; i < VECTOR; ++i) gate[i] = silu_mul<IS_FAST>(gate[i], up[i]);
         store(gate, out + row * inner + column);
     } else {
         float gate = to_float(gate_up[gate_at]), up = to_float(gate_up[up_at]);
@@ -25,7 +28,7 @@ __device__ __forceinline__ void silu_mul_piece(
             gate += to_float(delta[gate_at]);
             up += to_float(delta[up_at]);
         }
-        from_float(gate / (1.0f + expf(-gate)) * up, out[row * inner + column]);
+        from_float(silu_mul<IS_FAST>(gate, up), out[row * inner + column]);
     }
 }
 

@@ -1,25 +1,8 @@
-// Tensor-core products of 16-bit tiles, and the copies that feed them (sm_80 and newer).
+// Tensor-core products of 16-bit tiles (sm_80 and newer).
 // Fragments of m16n8k16: lane = 4 g + t holds A[g | g+8][2t | 2t+8 ..+1], B[2t | 2t+8 ..+1][g], C[g | g+8][2t ..+1].
 #pragma once
+#include "async_copy.cuh"
 #include "vectors.cuh"
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes from global to shared memory; zeros if not `is_valid` (then `source` is not read).
-__device__ __forceinline__ void copy_async(unsigned target, const void* source, bool is_valid) {
-    const int bytes = is_valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 __device__ __forceinline__ void load_matrices(unsigned (&out)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

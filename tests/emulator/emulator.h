@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -85,6 +86,7 @@ inline Lane* lane_now;
 inline ucontext_t scheduler;
 inline int num_arrived;
 inline long generation, progress;
+inline long num_launches; // of clusters
 inline std::mt19937 chance(1);
 inline std::function<void()> kernel_body;
 inline Dim gridDim;
@@ -157,6 +159,12 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return votes;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned long long both = (unsigned long long)b << 32 | a;
+  unsigned to = 0;
+  for (int i = 0; i < 4; i++) to |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return to;
+}
 inline float fmaf(float a, float b, float c) { return a * b + c; }
 template <typename To, typename From>
 To bits(From x) {
@@ -193,6 +201,7 @@ inline void run_lane() {
   yield();
 }
 inline void run_cluster(int first_block, int num_blocks, int num_threads) {
+  num_launches++;
   int num_lanes = num_blocks * num_threads;
   lanes = std::vector<Lane>(num_lanes);
   warps.assign(num_lanes / 32, Warp());

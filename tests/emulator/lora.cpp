@@ -6,9 +6,9 @@
 #endif
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
-                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters) {
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters, int expanding_group) {
   launch(pool->num_layers * 4, THREADS,
-         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters); });
+         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters, expanding_group); });
 }
 
 extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
@@ -20,9 +20,19 @@ extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work,
   launch(num_blocks, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
 }
 
+#if DTYPE != 0 && ALIGNED
+extern "C" void run_silu_mul(const Pool* pool, const Group* group, const Work* work, int list, const Element* gate_up,
+                             const Element* delta, Element* out, int num_blocks) {
+  launch(num_blocks, THREADS, [=] { lora_silu_mul(*pool, *group, *work, list, gate_up, delta, out); });
+}
+#endif
+
 extern "C" void sizes(int* to) {
   to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;
 #if HAS_CLUSTER
   to[3] = sizeof(ClusterMemory);
+#endif
+#if DTYPE != 0
+  to[4] = sizeof(ShrinkMemory), to[5] = sizeof(ExpandMemory<1>), to[6] = sizeof(ExpandMemory<2>);
 #endif
 }

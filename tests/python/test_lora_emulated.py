@@ -90,11 +90,13 @@ class World:
         segments: list[tuple[int, int]],
         xs: list[torch.Tensor],
         team_size: int | None = None,
+        gate_up: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
+        """The groups' deltas. With `gate_up`, its silu_mul in place of its group's delta."""
         rows = sum(n for _, n in segments)
         stride = max(lora._sums_stride(group.in_size, self.max_ranks) for group in self.groups)
         max_units = 3 * (rows // 8 + MAX_SEGMENTS)
-        words = [torch.zeros(n, dtype=torch.int32) for n in (16, 12 * MAX_SEGMENTS, 4 * MAX_SEGMENTS * 36)]
+        words = [torch.zeros(n, dtype=torch.int32) for n in (4 * lora._TOTALS, 4 * lora._LISTS * MAX_SEGMENTS, 4 * MAX_SEGMENTS * 36)]
         units = torch.zeros(4 * (2 + max_units), dtype=torch.int32)
         starts = torch.zeros(4, lora._MAX_BLOCKS, 40, dtype=torch.int32)
         sums = torch.full((rows * stride,), float("nan"))
@@ -113,14 +115,22 @@ class World:
         plan = tuple(t.int() for t in plan)
         by_ref = ctypes.byref
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in plan]
-        library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, lora.MANY_ROWS, NUM_CLUSTERS)
+        expanding = -1 if gate_up is None else lora._GATE_UP
+        numbers = (lora.MANY_ROWS, NUM_CLUSTERS, expanding)
+        library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, *numbers)
         if team_size is not None:
             self.share(units.view(4, -1), starts, words[2].view(4, MAX_SEGMENTS, -1), team_size)
         outs = []
         for i, x in enumerate(xs):
             out = x.new_full((rows, self.groups[i].out_stride), float("nan"))
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
-            library.run_lora(by_ref(pool), by_ref(self.groups[i]), by_ref(work), i, *pointers, NUM_CLUSTERS)
+            where = (by_ref(pool), by_ref(self.groups[i]), by_ref(work), i)
+            library.run_lora(*where, *pointers, NUM_CLUSTERS)
+            if i == expanding:
+                mixed = x.new_full((rows, self.groups[i].out_stride // 2), float("nan"))
+                pointers = [ctypes.c_void_p(t.data_ptr()) for t in (gate_up, out, mixed)]
+                library.run_silu_mul(*where, *pointers, NUM_CLUSTERS)
+                out = mixed
             outs.append(out)
         return outs
 
@@ -167,6 +177,24 @@ def test_delta_is_the_definition(variant: tuple[str, ctypes.CDLL], mix: str) -> 
                 assert (got - want).norm() <= TOLERANCE[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_consumer_expands_as_it_would_read(variant: tuple[str, ctypes.CDLL], mix: str) -> None:
+    name, library = variant
+    if name not in ("cluster", "items"):
+        return
+    ranks, segments = MIXES[mix]
+    world = World("aligned", "bfloat16", ranks, 16)
+    rows = sum(n for _, n in segments)
+    xs = [torch.randn(rows, group.in_size).to(world.dtype) for group in world.groups]
+    gate_up = torch.randn(rows, world.groups[lora._GATE_UP].out_stride).to(world.dtype)
+    delta = world.run(library, segments, xs)[lora._GATE_UP]
+    gate, up = (gate_up.float() + delta.float()).chunk(2, 1)
+    want = (torch.nn.functional.silu(gate) * up).to(world.dtype)
+    got = world.run(library, segments, xs, gate_up=gate_up)[lora._GATE_UP]
+    assert torch.allclose(got.float(), want.float(), rtol=2**-7, atol=0), "more than a rounding apart"
+    assert (got != want).float().mean() < 0.01
+
+
 def test_a_row_does_not_depend_on_its_neighbours(variant: tuple[str, ctypes.CDLL]) -> None:
     name, library = variant
     world = World("odd" if name in ("unaligned", "fp32") else "aligned", VARIANTS[name][0], [16], 64)
@@ -182,8 +210,10 @@ def test_a_row_does_not_depend_on_its_neighbours(variant: tuple[str, ctypes.CDLL
 
 def test_the_host_knows_the_sizes(variant: tuple[str, ctypes.CDLL]) -> None:
     name, library = variant
-    sizes = (ctypes.c_int * 4)()
+    sizes = (ctypes.c_int * 7)()
     library.sizes(sizes)
     assert tuple(sizes)[:3] == (lora._SEGMENT_WORDS, lora._THREADS, lora.MAX_SEGMENTS)
+    if name != "fp32":
+        assert tuple(sizes)[4:] == (lora._SHRINK_BYTES, lora._EXPAND_BYTES, 2 * lora._EXPAND_BYTES)
     if name == "cluster":
         assert sizes[3] == lora._CLUSTER_BYTES

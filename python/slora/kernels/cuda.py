@@ -11,9 +11,11 @@ from torch import Tensor
 
 from slora.kernels import nvrtc
 from slora.kernels.attention import ELEMENTS
+from slora.kernels.lora import Shrunk
 from slora.kernels.nvrtc import Argument, Kernel
 from slora.kernels.step import Step
 
+Delta = Tensor | Shrunk | None
 MAX_THREADS = 1024
 ROPE_WARPS = 8
 FEW_ROWS = 512
@@ -31,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, batch: Step, layer: int, group: int
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Delta]:
     """x [rows, in] -> (linear, delta), both [rows, out]. In a recorded graph the GEMM is a branch beside the delta."""
     if not batch.has_branches:
         return linear(x, weight, bias), lora(x, batch, layer, group)
@@ -82,8 +84,10 @@ def paged_attention(q: Tensor, batch: Step, layer: int) -> Tensor:
     )
 
 
-def silu_mul(gate_up: Tensor, delta: Tensor | None) -> Tensor:
+def silu_mul(gate_up: Tensor, delta: Delta) -> Tensor:
     """gate_up, delta [rows, 2 intermediate] -> [rows, intermediate]."""
+    if isinstance(delta, Shrunk):
+        return delta.lora.silu_mul(gate_up, delta)
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     width = 16 // gate_up.element_size()
@@ -94,7 +98,7 @@ def silu_mul(gate_up: Tensor, delta: Tensor | None) -> Tensor:
     return out
 
 
-def lora(x: Tensor, batch: Step, layer: int, group: int) -> Tensor | None:
+def lora(x: Tensor, batch: Step, layer: int, group: int) -> Delta:
     """x [rows, in] -> delta [rows, out of the group's modules], zero where a row's adapter has no such module."""
     if not batch.has_lora:
         return None

@@ -1,5 +1,5 @@
 """The LoRA op on CUDA (`cuda/lora.cu`): once a step the work lists of all layer groups, then for each group one kernel
-(segments of few rows, where there are clusters), or two (others).
+(segments of few rows, where there are clusters), or two (others), of which the consumer may be the second.
 
 Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
 the launches may be captured in a graph.
@@ -7,6 +7,7 @@ the launches may be captured in a graph.
 
 import ctypes
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,20 @@ MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
 MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
-_LISTS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 3, 36, 16, 256, 2
+_LISTS, _TOTALS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 5, 8, 36, 16, 256, 2
 _CLUSTER, _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 2, 256, 16, 4, 256
-_CLUSTER_BYTES = 182912
-"""Shared memory of a block of `lora_cluster`."""
+_CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 182912, 92160, 40960
+"""Shared memory of a block of `lora_cluster`, and for 16-bit types of `lora_shrink` and, for each module, `lora_expand`."""
+_GATE_UP = 2
+
+
+class Shrunk(NamedTuple):
+    """The delta of gate_up that its consumer expands: see `Lora.silu_mul`."""
+
+    lora: "Lora"
+    layer: int
+    few: Tensor | None
+    """The rows of segments of few rows [rows, 2 intermediate], if there are such segments."""
 
 
 class _Pool(ctypes.Structure):
@@ -86,7 +97,7 @@ class Lora:
         stride = max(_sums_stride(group.in_size, group.num_modules * max_rank) for group in self._groups)
         num_lists, max_units = config.num_layers * 4, 3 * (max_rows // 8 + max_segments)
         self._buffers = (
-            torch.zeros(num_lists * 4, dtype=torch.int32, device=device),
+            torch.zeros(num_lists * _TOTALS, dtype=torch.int32, device=device),
             torch.zeros(num_lists * _LISTS * max_segments, dtype=torch.int32, device=device),
             torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
             torch.empty(max_rows * stride, dtype=torch.float32, device=device),
@@ -114,7 +125,10 @@ class Lora:
             self._cluster = module.kernel("lora_cluster")
             room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
             self.num_clusters = min(room, _MAX_BLOCKS // _CLUSTER)
+        self._silu_mul = module.kernel("lora_silu_mul") if aligned and pool.dtype != "float32" else None
         self._has_many, self._has_few, self._num_clusters = True, True, self.num_clusters
+        self.leaves_expand = False
+        """Whether the step's gate_up deltas are left to `silu_mul` to expand."""
         self._launches = [self._bind(index) for index in range(num_lists)]
 
     def prepare(
@@ -127,31 +141,36 @@ class Lora:
         num_rows: int | None = None,
         has_prefill: bool = True,
         has_few: bool = True,
+        leaves_expand: bool = False,
     ) -> None:
         """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number.
 
         At most `num_rows` rows. Steps without prefill rows, or without segments of at most MANY_ROWS rows (`has_few`),
-        need fewer kernels for each layer group.
+        need fewer kernels for each layer group. With `leaves_expand`, where the types allow it, gate_up's delta is a
+        `Shrunk` for `silu_mul`, and all rows must belong to segments.
         """
         self._has_few = has_few
         self._num_clusters = min(self.num_clusters, self.max_rows if num_rows is None else num_rows)
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
-        args = (*tables, num_segments, seg_indptr, seg_adapter, most_few, self._num_clusters)
+        self.leaves_expand = leaves_expand and self._has_many and self._silu_mul is not None
+        numbers = (most_few, self._num_clusters, _GATE_UP if self.leaves_expand else -1)
+        args = (*tables, num_segments, seg_indptr, seg_adapter, *numbers)
         self._prepare(len(self._launches), _THREADS, args, 0, stream)
 
     def __call__(
         self, x: Tensor, layer: int, group: int, stream: int | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | Shrunk:
         """delta [rows, out] of x [rows, in]; rows of no segment keep whatever `out` holds."""
         assert x.is_contiguous()
         assert x.dtype == self._dtype
         assert x.shape[0] <= self.max_rows
         assert x.shape[1] == self._groups[group].in_size
-        if out is None:
-            out = x.new_empty(x.shape[0], self._groups[group].out_stride)
         shrink, expand, cluster = self._launches[layer * 4 + group]
+        is_left = self.leaves_expand and group == _GATE_UP
+        if out is None and (not is_left or cluster is None or self._has_few):
+            out = x.new_empty(x.shape[0], self._groups[group].out_stride)
         if cluster is not None and self._has_few:
             cluster.set(4, x)
             cluster.set(5, out)
@@ -159,9 +178,23 @@ class Lora:
             cluster(stream)
         if self._has_many:
             shrink.set(4, x)
-            expand.set(4, out)
             shrink(stream)
+        if self._has_many and (not is_left or cluster is None):
+            expand.set(4, out)
             expand(stream)
+        if is_left:
+            return Shrunk(self, layer, out)
+        assert out is not None
+        return out
+
+    def silu_mul(self, gate_up: Tensor, delta: Shrunk) -> Tensor:
+        """silu(gate) * up of gate_up + delta: gate_up [rows, 2 intermediate] -> [rows, intermediate]."""
+        assert self._silu_mul is not None
+        assert gate_up.is_contiguous()
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        tables = (self._pool, self._groups[_GATE_UP], self._work, delta.layer * 4 + _GATE_UP)
+        args = (*tables, gate_up, delta.few, out)
+        self._silu_mul(self._grid, _THREADS, args, 2 * _EXPAND_BYTES, programmatic=True)
         return out
 
     def check_ranks(self, modules: Tensor) -> None:
@@ -173,8 +206,9 @@ class Lora:
     def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch, nvrtc.Launch | None]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
         # The first op may directly follow `prepare`, whose lists it reads before anything else.
-        shrink = self._shrink.bind(self._grid, _THREADS, args, programmatic=index > 0)
-        expand = self._expand.bind(self._grid, _THREADS, args, programmatic=True)
+        stages = (0, 0) if self._dtype == torch.float32 else (_SHRINK_BYTES, _EXPAND_BYTES)
+        shrink = self._shrink.bind(self._grid, _THREADS, args, stages[0], programmatic=index > 0)
+        expand = self._expand.bind(self._grid, _THREADS, args, stages[1], programmatic=True)
         if self._cluster is None:
             return shrink, expand, None
         both = (*args, self._buffers[0])

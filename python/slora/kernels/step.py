@@ -82,7 +82,9 @@ class Step:
         if has_lora:
             num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
             segments = (num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
-            self.lora.prepare(*segments, num_rows=num_rows, has_prefill=has_prefill, has_few=has_few)
+            self.lora.prepare(
+                *segments, num_rows=num_rows, has_prefill=has_prefill, has_few=has_few, leaves_expand=not is_graph
+            )
 
     def wait_for_adapters(self, layer: int) -> None:
         """Make the current stream wait for the adapters' weights of `layer`."""

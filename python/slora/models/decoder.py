@@ -1,5 +1,7 @@
 """The decoder of all families: Llama, Mistral, Qwen2 and Qwen3 differ only in what their configuration says."""
 
+from typing import Any
+
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class Decoder:
         ops, eps = self.ops, self.config.rms_norm_eps
         x = F.embedding(token_ids, self.weights.embed)
         residual: Tensor | None = None
-        delta: Tensor | None = None
+        delta: Any = None
         for i, w in enumerate(self.weights.layers):
             h, residual = ops.rms_norm(x, residual, delta, w.input_norm, eps)
             q = ops.rope_kv(*ops.project(h, w.qkv, w.qkv_bias, batch, i, QKV), batch, i, w.qk_norm, eps)
