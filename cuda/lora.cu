@@ -69,7 +69,7 @@ __device__ __forceinline__ void count_items(const Group& group, const Segment& s
 
 #if HAS_CLUSTER
 // Of a whole block: the units of all segments of few rows, those of most bytes first, and how large teams should be.
-__device__ __forceinline__ void list_units(const Group& group, const Work& work, int list, int n, int num_clusters) {
+__device__ __forceinline__ void list_units(const Group& group, const Work& work, int list, int n, int num_blocks, int cluster) {
   __shared__ int places[THREADS], warp_totals[WARPS], all, largest;
   UnitList* units = work.units(list);
   const Segment* segments = work.segments + (long long)list * work.max_segments;
@@ -111,10 +111,10 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
   if (threadIdx.x == THREADS - 1) {
     units->count = end;
     float best = 0;
-    for (int size = CLUSTER; size; size /= 2) {
-      int turns = ceil_div(end, num_clusters * CLUSTER / size);
+    for (int size = cluster; size; size /= 2) {
+      int turns = ceil_div(end, num_blocks / size);
       float time = turns * UNIT_OVERHEAD + max((float)largest, turns * (float)all / max(end, 1)) / size;
-      if (size == CLUSTER || time < best) best = time, units->team_size = size;
+      if (size == cluster || time < best) best = time, units->team_size = size;
     }
   }
   __syncthreads();
@@ -123,9 +123,9 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
     for (int r = 0; r < rows; r++) units->ids[at + r] = i + MAX_SEGMENTS * (m + 4 * r);
   });
   __syncthreads();
-  for (int block = threadIdx.x; block < num_clusters * CLUSTER; block += THREADS) {
+  for (int block = threadIdx.x; block < num_blocks; block += THREADS) {
     Start& start = work.starts[list * MAX_BLOCKS + block];
-    int ids[2] = {-1, -1}, size = units->team_size, num_teams = num_clusters * CLUSTER / size;
+    int ids[2] = {-1, -1}, size = units->team_size, num_teams = num_blocks / size;
     for (int turn = 0; turn < 2; turn++) {
       int at = place_of(block / size, turn, num_teams);
       if (at < units->count) ids[turn] = units->ids[at];
@@ -138,7 +138,7 @@ __device__ __forceinline__ void list_units(const Group& group, const Work& work,
 
 extern "C" __global__ void __launch_bounds__(256) lora_work(
     Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter, int most_few,
-    int num_clusters) {
+    int num_clusters, int cluster) {
   __shared__ int warp_ends[NUM_LISTS][8];
   int list = blockIdx.x, layer = list / 4, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Group& group = groups.of[list % 4];
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
   }
   if (threadIdx.x == 0) work.totals[list] = make_int4(n, before[FEW], before[MANY], before[OUT]);
 #if HAS_CLUSTER
-  list_units(group, work, list, n, num_clusters);
+  list_units(group, work, list, n, num_clusters * cluster, cluster);
 #endif
 }
 

@@ -6,19 +6,21 @@
 #endif
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
-                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters) {
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters, int cluster) {
   launch(pool->num_layers * 4, THREADS,
-         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters); });
+         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters, cluster); });
 }
 
 extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
-                         int num_blocks) {
+                         int num_clusters, int cluster) {
 #if HAS_CLUSTER
-  launch(num_blocks * CLUSTER, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, CLUSTER);
+  launch(num_clusters * cluster, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, cluster);
 #endif
-  launch(num_blocks, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
-  launch(num_blocks, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
+  launch(2, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
+  launch(2, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
 }
+
+extern "C" void seed(unsigned number) { chance.seed(number); }
 
 extern "C" void sizes(int* to) {
   to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;

@@ -21,9 +21,13 @@ MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
 MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
+WIDE_ROWS = 32
+"""Steps of up to this many rows have too few units to keep the device busy by pairs of blocks: clusters are wide."""
+PAIR, WIDE = 2, 8
+"""Blocks of a cluster; a unit's team is a cluster or a part of it."""
 _LISTS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 3, 36, 16, 256, 2
-_CLUSTER, _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 2, 256, 16, 4, 256
-_CLUSTER_BYTES = 182912
+_TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 256, 16, 4, 256
+_CLUSTER_BYTES = 199168
 """Shared memory of a block of `lora_cluster`."""
 
 
@@ -109,12 +113,16 @@ class Lora:
         self._prepare = module.kernel("lora_work")
         self._shrink, self._expand = module.kernel("lora_shrink"), module.kernel("lora_expand")
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_SM
-        self._cluster, self.num_clusters = None, 0
+        self._cluster = None
+        self.num_clusters: dict[int, int] = {}
+        """How many the device holds at once, by their size; wide ones may be none."""
         if module.has_clusters and aligned and pool.dtype != "float32":  # HAS_CLUSTER
             self._cluster = module.kernel("lora_cluster")
-            room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, _CLUSTER)
-            self.num_clusters = min(room, _MAX_BLOCKS // _CLUSTER)
-        self._has_many, self._has_few, self._num_clusters = True, True, self.num_clusters
+            for size in (PAIR, WIDE):
+                room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, size)
+                if room:
+                    self.num_clusters[size] = min(room, _MAX_BLOCKS // size)
+        self._has_many, self._has_few, self._clusters = True, True, (0, PAIR)
         self._launches = [self._bind(index) for index in range(num_lists)]
 
     def prepare(
@@ -127,18 +135,19 @@ class Lora:
         num_rows: int | None = None,
         has_prefill: bool = True,
         has_few: bool = True,
+        cluster: int | None = None,
     ) -> None:
         """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number.
 
         At most `num_rows` rows. Steps without prefill rows, or without segments of at most MANY_ROWS rows (`has_few`),
-        need fewer kernels for each layer group.
+        need fewer kernels for each layer group. `cluster`, PAIR or WIDE, overrules the choice by the number of rows.
         """
         self._has_few = has_few
-        self._num_clusters = min(self.num_clusters, self.max_rows if num_rows is None else num_rows)
+        self._clusters = self._choose_clusters(self.max_rows if num_rows is None else num_rows, cluster)
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
-        args = (*tables, num_segments, seg_indptr, seg_adapter, most_few, self._num_clusters)
+        args = (*tables, num_segments, seg_indptr, seg_adapter, most_few, *self._clusters)
         self._prepare(len(self._launches), _THREADS, args, 0, stream)
 
     def __call__(
@@ -155,7 +164,7 @@ class Lora:
         if cluster is not None and self._has_few:
             cluster.set(4, x)
             cluster.set(5, out)
-            cluster.set_grid(self._num_clusters * _CLUSTER)
+            cluster.set_clusters(*self._clusters)
             cluster(stream)
         if self._has_many:
             shrink.set(4, x)
@@ -170,6 +179,14 @@ class Lora:
         if rank > self.max_rank:
             raise DeviceError(f"an adapter has rank {rank}, but the workspace is made for at most {self.max_rank}")
 
+    def _choose_clusters(self, num_rows: int, size: int | None) -> tuple[int, int]:
+        """How many, and of how many blocks."""
+        if self._cluster is None:
+            return 0, PAIR
+        if size is None:
+            size = WIDE if num_rows <= WIDE_ROWS and WIDE in self.num_clusters else PAIR
+        return min(self.num_clusters[size], num_rows), size
+
     def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch, nvrtc.Launch | None]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
         # The first op may directly follow `prepare`, whose lists it reads before anything else.
@@ -178,10 +195,7 @@ class Lora:
         if self._cluster is None:
             return shrink, expand, None
         both = (*args, self._buffers[0])
-        grid = self.num_clusters * _CLUSTER
-        cluster = self._cluster.bind(
-            grid, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=_CLUSTER, programmatic=index > 0
-        )
+        cluster = self._cluster.bind(PAIR, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=PAIR, programmatic=index > 0)
         return shrink, expand, cluster
 
 
