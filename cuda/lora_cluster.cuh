@@ -19,9 +19,8 @@
 #define STAGE_COLUMNS 256
 #define A_STRIDE (STAGE_COLUMNS * 2 + 64) // bytes from row to row: lanes read from different banks
 #define B_STRIDE (STAGE_COLUMNS * 2 + 32)
-#define TILE (16 * 8)           // sums of a tile
-#define TILE_BYTES (TILE * 4)
-#define ROUND 4                 // tiles that a block adds up and sends together
+#define TILE (16 * 8) // sums of a tile
+#define ROUND 4       // tiles that a block adds up and sends together
 
 struct ClusterMemory {
   u64 full[TEAM_WARPS][2];                       // a warp's stages
@@ -112,29 +111,23 @@ struct Feed {
   bool is_b = true;
   int place = 0;          // A: a tile; B: STAGE_COLUMNS columns of all modules
   int leaf = 0, m = 0;    // A: of the warp's leaves; B: the module
-  int column = 0;         // where the leaf begins; where the module's columns do
-  int done = 0, size = 0; // columns of the leaf, ranks of the module; how many of them were asked for
+  int column = 0;         // A: of x, where the leaf begins; B: of the module
+  int done = 0, size = 0; // A: columns of the leaf; B: ranks of the module; how many of them were asked for
 
   // Find what to ask for next; `size` is 0 if there is nothing more.
   __device__ __forceinline__ void next_run(Segment& copy) {
     done = size = 0;
-    if (is_b) place += team.num_warps();
-    while (true) {
+    while (!size) {
+      if (is_b) place += team.num_warps();
+      else if (++leaf == team.leaves) leaf = 0, place += team.num_pairs;
+      if (!is_b && place * 16 >= unit.num_ranks) is_b = true, place = team.first_columns();
       if (!is_b) {
-        if (++leaf == team.leaves) leaf = 0, place += team.num_pairs;
         column = (team.first_leaf + leaf) * chunk, size = max(0, min(group.in - column, chunk));
-        if (place * 16 < unit.num_ranks && size) return;
-        if (place * 16 < unit.num_ranks) continue;
-        is_b = true, place = team.first_columns();
+        continue;
       }
       column = place, m = id >= 0 ? unit.module_of(group, column) : -1;
-      size = m >= 0 ? copy.modules[m].rank : 0;
-      if (size) {
-        column *= STAGE_COLUMNS;
-        return;
-      }
       if (m >= 0) {
-        place += team.num_warps();
+        column *= STAGE_COLUMNS, size = copy.modules[m].rank;
         continue;
       }
       id = next_id, turn++;
@@ -178,23 +171,24 @@ struct Feed {
 // The team's blocks give each other their sums. Units with ranks take turns at two buffers, and each has a phase of its
 // buffer's barrier: all bytes that the others send for it, a mark of each among them, even of blocks that have no tile.
 //
-// A block sends its mark once all its warps are through with the unit before: behind the __syncthreads that follows its first round.
-// So whoever has waited for unit n knows that all others have read what they had of unit n - 1, and have seen that phase
-// end: what it sends for unit n + 1, into the same buffer, overwrites nothing, and counts for no earlier phase.
-// Nobody ends before all that is sent to it has arrived, since it waits for that of the last unit, too.
+// A block sends its mark when all its warps are through with the unit before: behind the __syncthreads after its first
+// round. So whoever has waited for unit n knows that all others have read what they had of unit n - 1, and have seen that
+// phase end: what it sends for unit n + 1, into the same buffer, overwrites nothing that is still read, and counts for no
+// earlier phase. Nobody ends before all that is sent to it has arrived: it waits for what belongs to its last unit, too.
 struct Exchange {
   ClusterMemory& memory;
   const Team& team;
-  int block;
-  int uses = 0; // of both buffers, the current one included
+  int block;    // in the cluster; those of its team are `block` ^ 1 .. `block` ^ (size - 1)
+  int uses = 0; // of the buffers, before this one
 
   // Add up what the warps of this block have of its tiles `first` .. `first` + `n` of `mine`, and let all blocks have it.
   __device__ __forceinline__ void give(int first, int n, int mine, int tiles) {
     u64* arrived = &memory.arrived[uses % 2];
     float* sums = memory.sums[uses % 2][team.place % 2];
-    if (first == 0 && threadIdx.x < team.size && team.size > 1) {
-      if (threadIdx.x == team.place) expect_bytes(arrived, (2 * tiles - mine) * TILE_BYTES + (team.size - 1) * 16);
-      else store_to_block(memory.mark, make_float4(0, 0, 0, 0), arrived, block - team.place + threadIdx.x);
+    if (first == 0 && team.size > 1) {
+      int i = threadIdx.x;
+      if (i == 0) expect_bytes(arrived, (2 * tiles - mine) * TILE * 4 + (team.size - 1) * 16);
+      else if (i < team.size) store_to_block(memory.mark, make_float4(0, 0, 0, 0), arrived, block ^ i);
     }
     for (int e = threadIdx.x * 4; e < n * TILE; e += TEAM_THREADS * 4) {
       float4 tree[TEAM_WARPS];
@@ -209,7 +203,7 @@ struct Exchange {
         }
       float* to = sums + (team.first_tile() + (first + e / TILE) * team.num_pairs) * TILE + e % TILE;
       *(float4*)to = tree[0];
-      for (int i = 1; i < team.size; i++) store_to_block(to, tree[0], arrived, block - team.place + (team.place + i) % team.size);
+      for (int i = 1; i < team.size; i++) store_to_block(to, tree[0], arrived, block ^ i);
     }
   }
 

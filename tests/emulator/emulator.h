@@ -231,9 +231,9 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
   long round = 0;
   for (int idle = 0; std::any_of(lanes.begin(), lanes.end(), [](Lane& lane) { return !lane.is_done; }); round++) {
     long before = progress;
-    if (chance() % 8 == 0) {
-      int warp = chance() % num_warps, of_block = num_threads / 32, n = chance() % 2 ? 1 : of_block;
-      long until = round + chance() % 64;
+    if (num_blocks > 1 && (int)(chance() % 512) < num_warps) {
+      int warp = chance() % num_warps, of_block = num_threads / 32, n = chance() % 8 ? 1 : of_block;
+      long until = round + (1 << chance() % 11); // some for longer than others take for several units
       for (int w = warp / n * n; w < warp / n * n + n; w++) asleep_until[w] = until;
     }
     for (int w = 0; w < num_warps; w++) {

@@ -6,14 +6,15 @@
 #endif
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
-                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters, int cluster) {
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_rows, int num_clusters, int cluster) {
   launch(pool->num_layers * 4, THREADS,
-         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters, cluster); });
+         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_rows, num_clusters, cluster); });
 }
 
 extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
-                         int num_clusters, int cluster) {
+                         int num_rows, int num_clusters, int cluster) {
 #if HAS_CLUSTER
+  num_clusters = min(num_clusters, num_rows * group->num_modules);
   launch(num_clusters * cluster, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, cluster);
 #endif
   launch(2, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });

@@ -122,7 +122,7 @@ class Lora:
                 room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, size)
                 if room:
                     self.num_clusters[size] = min(room, _MAX_BLOCKS // size)
-        self._has_many, self._has_few, self._clusters = True, True, (0, PAIR)
+        self._has_many, self._has_few, self._num_rows, self._cluster_size = True, True, max_rows, PAIR
         self._launches = [self._bind(index) for index in range(num_lists)]
 
     def prepare(
@@ -143,11 +143,15 @@ class Lora:
         need fewer kernels for each layer group. `cluster`, PAIR or WIDE, overrules the choice by the number of rows.
         """
         self._has_few = has_few
-        self._clusters = self._choose_clusters(self.max_rows if num_rows is None else num_rows, cluster)
+        self._num_rows = self.max_rows if num_rows is None else num_rows
+        is_wide = self._num_rows <= WIDE_ROWS and WIDE in self.num_clusters
+        self._cluster_size = cluster or (WIDE if is_wide else PAIR)
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
-        args = (*tables, num_segments, seg_indptr, seg_adapter, most_few, *self._clusters)
+        num_clusters = self.num_clusters.get(self._cluster_size, 0)
+        numbers = (most_few, self._num_rows, num_clusters, self._cluster_size)
+        args = (*tables, num_segments, seg_indptr, seg_adapter, *numbers)
         self._prepare(len(self._launches), _THREADS, args, 0, stream)
 
     def __call__(
@@ -164,7 +168,9 @@ class Lora:
         if cluster is not None and self._has_few:
             cluster.set(4, x)
             cluster.set(5, out)
-            cluster.set_clusters(*self._clusters)
+            # As many as `lora_work` has made lists for: one for each module of a row, if there are.
+            most = self._num_rows * self._groups[group].num_modules
+            cluster.set_clusters(min(self.num_clusters[self._cluster_size], most), self._cluster_size)
             cluster(stream)
         if self._has_many:
             shrink.set(4, x)
@@ -178,14 +184,6 @@ class Lora:
         rank = int(modules.view(-1, MODULE_WORDS)[:, 0].max())
         if rank > self.max_rank:
             raise DeviceError(f"an adapter has rank {rank}, but the workspace is made for at most {self.max_rank}")
-
-    def _choose_clusters(self, num_rows: int, size: int | None) -> tuple[int, int]:
-        """How many, and of how many blocks."""
-        if self._cluster is None:
-            return 0, PAIR
-        if size is None:
-            size = WIDE if num_rows <= WIDE_ROWS and WIDE in self.num_clusters else PAIR
-        return min(self.num_clusters[size], num_rows), size
 
     def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch, nvrtc.Launch | None]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])
