@@ -4,6 +4,7 @@
 // Warps are advanced in random order, some or all of a block now and then not for a while, and copies and stores to other
 // blocks arrive at random times: what is only ordered by luck shows.
 // Included before a kernel's source; the headers of this folder take the place of those with instructions of their own.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -72,12 +73,13 @@ struct Copy {
   float4 value;
 };
 struct Lane {
-  ucontext_t context;
+  ucontext_t context; // its beginning
+  jmp_buf place;      // where it waits
   Dim thread;
   Warp* warp;
   Block* block;
   int index;
-  bool is_done = false;
+  bool has_begun = false, is_done = false;
   bool (*is_ready)(void*) = nullptr; // of a lane that waits, with `what`
   void* what;
 };
@@ -89,7 +91,7 @@ inline std::vector<Warp> warps;
 inline std::vector<Block> blocks; // of the cluster
 inline std::vector<Copy> copies;
 inline Lane* lane_now;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int num_arrived;
 inline long generation, progress;
 inline std::mt19937 chance(1);
@@ -104,7 +106,17 @@ inline Dim gridDim;
   fflush(stdout);
   abort();
 }
-inline void yield() { swapcontext(&lane_now->context, &scheduler); }
+// Jumps rather than swapcontext, which calls the system each time.
+inline void yield() {
+  if (!_setjmp(lane_now->place)) _longjmp(scheduler, 1);
+}
+inline void resume(Lane& lane) {
+  lane_now = &lane;
+  if (_setjmp(scheduler)) return;
+  if (lane.has_begun) _longjmp(lane.place, 1);
+  lane.has_begun = true;
+  setcontext(&lane.context);
+}
 template <typename F>
 void wait_until(F is_over) {
   if (is_over()) return;
@@ -240,9 +252,8 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
       int warp = chance() % num_warps;
       if (round < asleep_until[warp]) continue;
       for (int i = 0; i < 32; i++) {
-        lane_now = &lanes[warp * 32 + i];
-        if (lane_now->is_done || (lane_now->is_ready && !lane_now->is_ready(lane_now->what))) continue;
-        swapcontext(&scheduler, &lane_now->context);
+        Lane& lane = lanes[warp * 32 + i];
+        if (!lane.is_done && (!lane.is_ready || lane.is_ready(lane.what))) resume(lane);
       }
     }
     if (chance() % 3 == 0) finish_copies();

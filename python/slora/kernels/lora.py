@@ -149,7 +149,7 @@ class Lora:
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
-        num_clusters = self.num_clusters.get(self._cluster_size, 0)
+        num_clusters = self.num_clusters[self._cluster_size] if self._cluster else 0
         numbers = (most_few, self._num_rows, num_clusters, self._cluster_size)
         args = (*tables, num_segments, seg_indptr, seg_adapter, *numbers)
         self._prepare(len(self._launches), _THREADS, args, 0, stream)
