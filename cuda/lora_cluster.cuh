@@ -26,11 +26,14 @@ struct ClusterMemory {
   u64 full[TEAM_WARPS][2];                       // a warp's stages
   u64 arrived[2];                                // the other blocks' sums
   alignas(16) float mark[4];                     // where their marks go; never read
-  float sums[2][2][UNIT_RANKS * 8];              // [half of the columns, rank, row]; units take turns
+  float sums[2][2][UNIT_RANKS * 8];              // [half of the columns, place_of_rank, row]; units take turns
   float partial[TEAM_WARPS][ROUND * TILE];       // [rank, row]: over a warp's columns
   Segment asked[TEAM_WARPS], used[TEAM_WARPS];   // of the unit whose stages are asked for, used
   alignas(128) char stages[TEAM_WARPS][2][16 * A_STRIDE];
 };
+
+// Where the sums of a rank begin: those of neighbours, and of ranks 4 apart, lie in different banks.
+__device__ __forceinline__ int place_of_rank(int rank) { return rank / 4 * 32 + (rank + rank / 4) % 4 * 8; }
 
 // The blocks of all clusters as teams of `size` blocks, and what of a unit is a warp's.
 struct Team {
@@ -201,13 +204,14 @@ struct Exchange {
           tree[w].x += tree[w + d].x, tree[w].y += tree[w + d].y;
           tree[w].z += tree[w + d].z, tree[w].w += tree[w + d].w;
         }
-      float* to = sums + (team.first_tile() + (first + e / TILE) * team.num_pairs) * TILE + e % TILE;
+      int tile = team.first_tile() + (first + e / TILE) * team.num_pairs;
+      float* to = sums + place_of_rank(tile * 16 + e % TILE / 8) + e % 8;
       *(float4*)to = tree[0];
       for (int i = 1; i < team.size; i++) store_to_block(to, tree[0], arrived, block ^ i);
     }
   }
 
-  // All sums of the unit [rank, row]: of one half of the columns, then of the other if there are two blocks or more.
+  // All sums of the unit [place_of_rank, row]: of one half of the columns, then of the other if there are two blocks or more.
   __device__ __forceinline__ const float* take() {
     __syncthreads();
     if (team.size > 1) wait_barrier(&memory.arrived[uses % 2], uses / 2 % 2);
@@ -231,15 +235,19 @@ __device__ __forceinline__ void shrink_stage(float acc[4], const char* stage, co
   }
 }
 
-// acc[64 columns each, 8 rows] += a stage of B, of ranks `first` .. of `rank`, times the sums: halves if `is_halved`.
+// acc[64 columns each, 8 rows] += a stage of B, of ranks `first` .. of the module's `rank`, times the unit's sums, of which
+// the module's begin with `first_rank`; they are halves if `is_halved`.
 __device__ __forceinline__ void expand_stage(float acc[STAGE_COLUMNS / 64][4][4], const char* stage, const float* sums,
-                                             bool is_halved, int first, int rank, float scale) {
+                                             bool is_halved, int first_rank, int first, int rank, float scale) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int k = 0; k < 16; k += 8) {
     int r = first + k + t;
     if (first + k >= rank) break;
-    auto total = [&](int r) { return sums[r * 8 + g] + (is_halved ? sums[UNIT_RANKS * 8 + r * 8 + g] : 0.0f); };
+    auto total = [&](int r) {
+      const float* at = sums + place_of_rank(first_rank + r) + g;
+      return at[0] + (is_halved ? at[UNIT_RANKS * 8] : 0.0f);
+    };
     float v0 = r < rank ? total(r) * scale : 0.0f, v1 = r + 4 < rank ? total(r + 4) * scale : 0.0f;
 #pragma unroll
     for (int c = 0; c < STAGE_COLUMNS / 64; c++) {
@@ -317,11 +325,11 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
       int column = i, m = unit.module_of(group, column);
       if (m < 0) break;
       int rank = segment.modules[m].rank, first_column = (m > 0 ? group.out[0] : 0) + (m > 1 ? group.out[1] : 0);
-      const float* module_sums = sums + (segment.modules[m].first_rank - unit.first_rank) * 8;
+      int first_rank = segment.modules[m].first_rank - unit.first_rank;
       float acc[STAGE_COLUMNS / 64][4][4] = {};
       for (int r = 0; r < rank; r += 16) {
         wait_barrier(&memory.full[warp][stage], phases >> stage & 1);
-        expand_stage(acc, memory.stages[warp][stage], module_sums, team.size > 1, r, rank, segment.modules[m].scale);
+        expand_stage(acc, memory.stages[warp][stage], sums, team.size > 1, first_rank, r, rank, segment.modules[m].scale);
         next_stage();
       }
       Element* to = delta + (long long)(unit.first_row + t * 2) * group.out_stride + first_column;
