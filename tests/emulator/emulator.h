@@ -240,7 +240,8 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
   }
   int num_warps = warps.size();
   std::vector<long> asleep_until(num_warps);
-  long round = 0;
+  long round = 0, late = chance() % num_blocks * (num_threads / 32);
+  for (int w = 0; num_blocks > 1 && w < num_threads / 32; w++) asleep_until[late + w] = 1024; // one block begins late
   for (int idle = 0; std::any_of(lanes.begin(), lanes.end(), [](Lane& lane) { return !lane.is_done; }); round++) {
     long before = progress;
     if (num_blocks > 1 && (int)(chance() % 512) < num_warps) {

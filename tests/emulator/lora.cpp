@@ -7,8 +7,9 @@
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
                          const int* seg_indptr, const int* seg_adapter, int most_few, int num_rows, int num_clusters, int cluster) {
-  launch(pool->num_layers * 4, THREADS,
-         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_rows, num_clusters, cluster); });
+  launch(pool->num_layers * 4, THREADS, [=] {
+    lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_rows, num_clusters, cluster);
+  });
 }
 
 extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
