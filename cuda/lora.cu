@@ -15,6 +15,7 @@
 #include "lora_fp32.cuh"
 #include "lora_shrink.cuh"
 #include "lora_silu.cuh"
+#include "lora_units.cuh"
 #include "lora_work.cuh"
 #include "sync.cuh"
 
@@ -75,78 +76,9 @@ __device__ __forceinline__ void count_items(const Group& group, const Segment& s
   }
 }
 
-#if HAS_CLUSTER
-// Of a whole block: the units of all segments of few rows, those of most bytes first, and how large teams should be.
-__device__ __forceinline__ void list_units(const Group& group, const Work& work, int list, int n, int num_clusters) {
-  __shared__ int places[THREADS], warp_totals[WARPS], all, largest;
-  UnitList* units = work.units(list);
-  const Segment* segments = work.segments + (long long)list * work.max_segments;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float per_cost = THREADS / 64.0f / (group.num_modules * group.in + group.out_stride);
-  auto each_unit = [&](auto visit) { // of this thread's segments: module or ALL_MODULES, elements of its weights
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-      const Segment& s = segments[i];
-      if (s.is_many) continue;
-      int cost = 0;
-      for (int m = 0; m < group.num_modules; m++) {
-        int mine = s.modules[m].rank * (group.in + group.out[m]);
-        if (s.ranks > UNIT_RANKS) visit(i, m, mine, ceil_div(s.num_rows, 8));
-        cost += mine;
-      }
-      if (s.ranks <= UNIT_RANKS) visit(i, ALL_MODULES, cost, ceil_div(s.num_rows, 8));
-    }
-  };
-  // Ranks from 64 on are alike.
-  auto place = [&](int cost) { return max(0, THREADS - 1 - (int)((float)cost * per_cost)); };
-  places[threadIdx.x] = 0;
-  if (threadIdx.x == 0) all = 0, largest = 0;
-  __syncthreads();
-  each_unit([&](int i, int m, int cost, int rows) {
-    atomicAdd(&places[place(cost)], rows);
-    atomicAdd(&all, ceil_div(cost, 1024) * rows);
-    atomicMax(&largest, ceil_div(cost, 1024));
-  });
-  __syncthreads();
-  int mine = places[threadIdx.x], end = mine;
-  for (int d = 1; d < 32; d *= 2) {
-    int other = __shfl_up_sync(~0u, end, d);
-    if (lane >= d) end += other;
-  }
-  if (lane == 31) warp_totals[warp] = end;
-  __syncthreads();
-  for (int w = 0; w < warp; w++) end += warp_totals[w];
-  places[threadIdx.x] = end - mine;
-  if (threadIdx.x == THREADS - 1) {
-    units->count = end;
-    float best = 0;
-    for (int size = CLUSTER; size; size /= 2) {
-      int turns = ceil_div(end, num_clusters * CLUSTER / size);
-      float time = turns * UNIT_OVERHEAD + max((float)largest, turns * (float)all / max(end, 1)) / size;
-      if (size == CLUSTER || time < best) best = time, units->team_size = size;
-    }
-  }
-  __syncthreads();
-  each_unit([&](int i, int m, int cost, int rows) {
-    int at = atomicAdd(&places[place(cost)], rows);
-    for (int r = 0; r < rows; r++) units->ids[at + r] = i + MAX_SEGMENTS * (m + 4 * r);
-  });
-  __syncthreads();
-  for (int block = threadIdx.x; block < num_clusters * CLUSTER; block += THREADS) {
-    Start& start = work.starts[list * MAX_BLOCKS + block];
-    int ids[2] = {-1, -1}, size = units->team_size, num_teams = num_clusters * CLUSTER / size;
-    for (int turn = 0; turn < 2; turn++) {
-      int at = place_of(block / size, turn, num_teams);
-      if (at < units->count) ids[turn] = units->ids[at];
-    }
-    start.ids[0] = ids[0], start.ids[1] = ids[1], start.team_size = size, start.count = units->count;
-    if (ids[0] >= 0) start.segment = segments[ids[0] % MAX_SEGMENTS];
-  }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(256) lora_work(
     Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter, int most_few,
-    int num_clusters, int expanding_group) {
+    int num_rows, int num_clusters, int cluster, int expanding_group) {
   __shared__ int warp_ends[NUM_LISTS][8];
   int list = blockIdx.x, layer = list / 4, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Group& group = groups.of[list % 4];
@@ -182,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
     for (int l = 0; l < NUM_LISTS; l++) work.totals[list].items[l] = before[l];
   }
 #if HAS_CLUSTER
-  list_units(group, work, list, n, num_clusters);
+  list_units(group, work, list, n, min(num_clusters, num_rows * group.num_modules) * cluster, cluster);
 #endif
 }
 

@@ -31,13 +31,12 @@
 #define RANK_BLOCK 64 // ranks whose sums a warp expands together
 // Blocks of a cluster do all of a unit (lora_cluster.cuh) where they have the shared memory for it: not on sm_120.
 #define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 && DTYPE != 0 && ALIGNED)
-#define CLUSTER 2
 #define TEAM_WARPS 8    // of a block
 #define TEAM_THREADS (TEAM_WARPS * 32)
 #define LEAVES 16       // chunks of the columns of x
 #define UNIT_RANKS 256  // at most, of all modules of a unit
 #define ALL_MODULES 3
-#define MAX_BLOCKS 256  // of clusters
+#define MAX_BLOCKS 256  // of all clusters
 #define UNIT_OVERHEAD 24 // what a unit costs beside its weights, in 1024 elements of them that a block reads meanwhile
 #define MODULE_WORDS 12
 #define NUM_MODULES 7

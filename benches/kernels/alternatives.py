@@ -1,9 +1,11 @@
 """The LoRA kernels beside what torch offers for the same work, on the linears of Llama-3.1-8B's layers, bf16.
 
     python benches/kernels/alternatives.py [--quick] [--out FILE.json]
+    python benches/kernels/alternatives.py --few --cluster 2 8 auto [--out FILE.json]
     python benches/kernels/alternatives.py --device cpu        # tiny shapes, torch's ways only: tries the script
 
-    ours      slora's kernels, in a graph of LAYERS layers, the lists of a step's work included
+    ours      slora's kernels, in a graph of LAYERS layers, the lists of a step's work included;
+              ours_2 and ours_8 with clusters of that size
     gather    each row's A and B gathered, padded to the largest rank, and two batched products; up to 512 rows
     loop      two products for each adapter and linear
 
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from clock import Clock
+from clusters import FEW_RANKS, FEW_ROWS, SIZES, add_clusters
 from shapes import LLAMA_8B, TINY
 from torch import Tensor
 
@@ -126,7 +129,11 @@ def _padded(rows: list[Tensor], rank: int) -> Tensor:
 class Bench:
     """Adapters of the same ranks, inputs for all works with them, and the ways to run those."""
 
-    def __init__(self, ranks: tuple[int, ...], works: Sequence[Work], *, is_tiny: bool) -> None:
+    def __init__(
+        self, ranks: tuple[int, ...], works: Sequence[Work], *, clusters: Sequence[str], is_tiny: bool
+    ) -> None:
+        self.ours = {"ours" if name == "auto" else f"ours_{name}": SIZES[name] for name in clusters}
+        """Our ways, and the size of their clusters."""
         most = max(work.adapters for work in works)
         device = torch.device("cpu" if is_tiny else "cuda")
         self.clock, self._flushed = Clock(device), torch.empty(1 if is_tiny else FLUSH_BYTES, dtype=torch.uint8)
@@ -154,15 +161,17 @@ class Bench:
         ways: dict[str, tuple[int, Callable[[int], None]]] = {}
         if self._world is not None:
             self._select(work)
-            ways["ours"] = (LAYERS, self._ours)
+            ways |= dict.fromkeys(self.ours, (LAYERS, self._ours))
         ways["loop"] = (STACKED_LAYERS, lambda layer: self._stack.loop(layer, xs, outs, work.bounds))
         if work.rows <= GATHER_ROWS:
             ways["gather"] = (STACKED_LAYERS, lambda layer: self._stack.gather(layer, xs, outs, owner))
         found = {}
         for name, (num_layers, run) in ways.items():
+            if name in self.ours:
+                self._world.cluster = self.ours[name]
             self._check(name, work, xs, outs, run)
 
-            step = partial(self._step, run, num_layers, has_lists=name == "ours")
+            step = partial(self._step, run, num_layers, has_lists=name in self.ours)
             times = self.clock.replays_us(step, 1, REPEATS, before=self._flushed.zero_)
             found[name] = [us / num_layers for us in times]
         return found
@@ -183,7 +192,7 @@ class Bench:
         return 2 * ranks * self._rank_size
 
     def _check(self, name: str, work: Work, xs: Group, outs: Group, run: Callable[[int], None]) -> None:
-        if name == "ours":
+        if name in self.ours:
             self._prepare()
         for layer in (0, STACKED_LAYERS - 1):
             for out in outs:
@@ -249,13 +258,15 @@ def tell(bench: Bench, work: Work, found: dict[str, list[float]], rates: tuple[f
     rows = {f"{work.name}_{way}_us": row(times, "us") for way, times in found.items()}
     bound_us = max(num_bytes / rates[0], flop / rates[1]) * 1e6
     line = f"{work.name:28}"
-    for way in ("ours", "gather", "loop"):
+    for way in (*bench.ours, "gather", "loop"):
         us = rows[f"{work.name}_{way}_us"]["value"] if way in found else None
         line += f" {us:11.1f}" if us is not None else f" {'-':>11}"
-    if "ours" in found:
-        us = rows[f"{work.name}_ours_us"]["value"]
-        rows[f"{work.name}_ours_gb_s"] = row([num_bytes / us / 1e3 for us in found["ours"]], "GB/s")
-        rows[f"{work.name}_ours_tflop_s"] = row([flop / us / 1e6 for us in found["ours"]], "TFLOP/s")
+    for way in bench.ours:
+        if way not in found:
+            continue
+        us = rows[f"{work.name}_{way}_us"]["value"]
+        rows[f"{work.name}_{way}_gb_s"] = row([num_bytes / us / 1e3 for us in found[way]], "GB/s")
+        rows[f"{work.name}_{way}_tflop_s"] = row([flop / us / 1e6 for us in found[way]], "TFLOP/s")
         line += f" {num_bytes / us / 1e3:8.0f} {flop / us / 1e6:8.1f} {bound_us / us:8.0%}"
     print(line, flush=True)
     return rows
@@ -270,6 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output(parser, "alternatives")
     parser.add_argument("--quick", action="store_true", help="fewer works")
+    add_clusters(parser)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
@@ -277,11 +289,13 @@ def main() -> None:
     is_tiny = args.device == "cpu"
     rates = ceilings(Clock(torch.device(args.device)))
     print(f"copies run at {rates[0] / 1e12:.2f} TB/s, products at {rates[1] / 1e12:.0f} TFLOP/s")
-    print(f"{'us of a layer':28} {'ours':>11} {'gather':>11} {'loop':>11} {'GB/s':>8} {'TFLOP/s':>8} of the bound")
     rows: dict[str, Row] = {}
-    for ranks in RANKS:
-        works = select(QUICK if args.quick else DECODE + PREFILL, ranks, is_tiny=is_tiny)
-        bench = Bench(ranks, works, is_tiny=is_tiny)
+    for ranks in [(rank,) for rank in FEW_RANKS] if args.few else RANKS:
+        pairs = FEW_ROWS if args.few else QUICK if args.quick else DECODE + PREFILL
+        works = select(pairs, ranks, is_tiny=is_tiny)
+        bench = Bench(ranks, works, clusters=args.clusters, is_tiny=is_tiny)
+        ways = " ".join(f"{way:>11}" for way in (*bench.ours, "gather", "loop"))
+        print(f"{'us of a layer':28} {ways} {'GB/s':>8} {'TFLOP/s':>8} of the bound")
         for work in works:
             rows |= tell(bench, work, bench.measure(work), rates)
         del bench

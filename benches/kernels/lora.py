@@ -1,10 +1,11 @@
 """What LoRA costs in a step of Llama-3.1-8B's shapes: the kernels alone, beside the base's GEMMs, and torch's ways.
 
     python benches/kernels/lora.py [--quick] [--out lora.json]
+    python benches/kernels/lora.py --few --cluster 2 8 auto [--out lora.json]
 
 Checks two layers of every scenario against fp32 before timing it. Times are medians of replays of a CUDA graph of all
 layers, in ms; `gb_per_s` counts the live adapters' weights and, for x and delta, one read and one write; `added` is
-what a step with LoRA takes longer: the op before its GEMM, after it, or on a parallel branch of the graph.
+what a step with LoRA takes longer: the op before its GEMM, after it, or beside it, the GEMM on a branch of the graph.
 """
 
 import argparse
@@ -13,10 +14,12 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from clusters import FEW_RANKS, FEW_ROWS, SIZES, add_clusters
 from torch import Tensor
 
 from slora.kernels import nvrtc
@@ -66,11 +69,15 @@ SCENARIOS = [
     Scenario(8192, 32),
     Scenario(8192, 8, (64,)),
 ]
+FEW = [Scenario(rows, adapters, (rank,)) for rank, (rows, adapters) in product(FEW_RANKS, FEW_ROWS)]
 QUICK = {(1, 1), (64, 1), (64, 64), (256, 64), (8192, 32)}
 
 
 class World:
     """A pool of adapters with random weights, the base's weights, and inputs."""
+
+    cluster: int | None = None
+    """Blocks of a cluster; None: as the op chooses."""
 
     def __init__(self, config: ModelConfig, ranks: list[int], max_rows: int) -> None:
         self.config, self.ranks = config, ranks
@@ -121,7 +128,7 @@ class World:
     def prepare(self, stream: int) -> None:
         has_prefill = self.rows > MAX_GRAPH_ROWS
         arrays = (self.plan[:1], self.plan[1:], self.plan[1024:])
-        self.lora.prepare(*arrays, stream, num_rows=self.rows, has_prefill=has_prefill)
+        self.lora.prepare(*arrays, stream, num_rows=self.rows, has_prefill=has_prefill, cluster=self.cluster)
 
     def run_lora(self) -> None:
         stream = nvrtc.current_stream()
@@ -158,8 +165,9 @@ class World:
         for layer in range(self.config.num_layers):
             for group in range(4):
                 side.wait_stream(main)
-                self.one(layer, group, side.cuda_stream)
-                self.gemm(layer, group)
+                self.one(layer, group, main.cuda_stream)
+                with torch.cuda.stream(side):
+                    self.gemm(layer, group)
                 main.wait_stream(side)
 
     side = torch.cuda.Stream()
@@ -283,8 +291,9 @@ def alternatives(world: World, scenario: Scenario, num_layers: int = 2) -> dict[
     return found
 
 
-def measure(world: World, scenario: Scenario, with_alternatives: bool) -> dict[str, object]:
+def measure(world: World, scenario: Scenario, cluster: int | None, with_alternatives: bool) -> dict[str, object]:
     world.set_segments(scenario)
+    world.cluster = cluster
     world.prepare(nvrtc.current_stream())
     for layer in (0, world.config.num_layers - 1):
         world.check(layer)
@@ -293,6 +302,7 @@ def measure(world: World, scenario: Scenario, with_alternatives: bool) -> dict[s
     moved = world.live_bytes + scenario.rows * activation * world.config.num_layers
     result = {
         "scenario": asdict(scenario),
+        "cluster": world.cluster,
         "bytes": int(moved),
         "base_ms": base,
         "lora_ms": alone,
@@ -304,17 +314,19 @@ def measure(world: World, scenario: Scenario, with_alternatives: bool) -> dict[s
     if with_alternatives:
         result |= alternatives(world, scenario)
     numbers = " ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float))
-    print(f"{scenario.name:30} {numbers}", flush=True)
+    print(f"{scenario.name:30} cluster {world.cluster or 'auto'} {numbers}", flush=True)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer scenarios, no alternatives")
+    add_clusters(parser)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     scenarios = [s for s in SCENARIOS if not args.quick or ((s.rows, s.adapters) in QUICK and len(s.ranks) in (1, 4))]
+    scenarios = FEW if args.few else scenarios
     needed = {}
     for s in scenarios:
         for rank in s.ranks:
@@ -322,7 +334,10 @@ def main() -> None:
     ranks = [rank for rank, n in needed.items() for _ in range(n)]
     world = World(ModelConfig.from_dict(LLAMA_8B), ranks, max(s.rows for s in scenarios))
     print(torch.cuda.get_device_name(), torch.__version__, "nvrtc", nvrtc.nvrtc_version())
-    results = [measure(world, s, not args.quick and s.adapters > 1) for s in scenarios]
+    print("clusters that the device holds, by size:", world.lora.num_clusters)
+    with_torch = not args.quick and not args.few
+    pairs = product(scenarios, args.clusters)
+    results = [measure(world, s, SIZES[name], with_torch and s.adapters > 1) for s, name in pairs]
     if args.out:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         about: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}

@@ -13,31 +13,32 @@ inline void expect_bytes(u64* at, int bytes) {
   complete(barrier);
 }
 inline void wait_barrier(u64* at, int parity) {
-  while (lane_now->block->barriers.at(at).phase % 2 == parity) yield();
+  Barrier& barrier = lane_now->block->barriers.at(at);
+  wait_until([&] { return barrier.phase % 2 != parity; });
 }
 template <typename T>
 T* of_block(T* p, int rank) {
   return (T*)((char*)p - shared_memory + (char*)blocks[rank].shared.data());
 }
 inline void store_to_block(float* to, float4 v, u64* barrier, int rank) {
-  *(float4*)aligned((const float4*)of_block(to, rank)) = v;
-  Barrier& there = blocks[rank].barriers.at(of_block(barrier, rank));
-  there.bytes -= sizeof(v);
-  complete(there);
+  aligned((const float4*)to);
+  if (rank < 0 || rank >= (int)blocks.size() || rank == cluster_rank()) fail("a store to no other block of the cluster");
+  copies.push_back({of_block(to, rank), nullptr, sizeof(v), &blocks[rank], &blocks[rank].barriers.at(of_block(barrier, rank)), v});
 }
 inline void arrive_in_cluster() {}
 inline void wait_for_cluster() { sync_cluster(); }
 inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
   aligned((const uint4*)to), aligned((const uint4*)from);
   if (bytes <= 0 || bytes % 16) fail("a bulk copy of a wrong size");
-  copies.push_back({to, from, bytes, &lane_now->block->barriers.at(barrier)});
+  copies.push_back({to, from, bytes, lane_now->block, &lane_now->block->barriers.at(barrier), {}});
 }
 inline void finish_copies() {
-  while (!copies.empty() && chance() % 4) {
+  for (size_t n = chance() % (copies.size() + 1); n > 0; n--) {
     std::swap(copies[chance() % copies.size()], copies.back());
     Copy copy = copies.back();
     copies.pop_back();
-    memcpy(copy.to, copy.from, copy.bytes);
+    if (copy.block->num_done == copy.block->num_threads) fail("something arrives at a block that has ended");
+    memcpy(copy.to, copy.from ? copy.from : &copy.value, copy.bytes);
     copy.barrier->bytes -= copy.bytes;
     complete(*copy.barrier);
     progress++;

@@ -1,8 +1,10 @@
 // Runs a kernel's clusters of blocks on the CPU, one after the other: a fiber for each lane, switched where lanes wait for
 // each other.
 //
-// Warps are advanced in random order and copies arrive at random times, so that what is only ordered by luck shows.
+// Warps are advanced in random order, some or all of a block now and then not for a while, and copies and stores to other
+// blocks arrive at random times: what is only ordered by luck shows.
 // Included before a kernel's source; the headers of this folder take the place of those with instructions of their own.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -12,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -57,33 +60,39 @@ struct Barrier {
 };
 struct Block {
   Dim index;
-  int num_threads, num_arrived = 0;
+  int num_threads, num_arrived = 0, num_done = 0;
   long generation = 0;
   std::vector<uint4> shared;
   std::map<void*, Barrier> barriers;
 };
 struct Copy {
   void* to;
-  const void* from;
+  const void* from; // nullptr: `value` is stored
   int bytes;
+  Block* block; // that it goes to
   Barrier* barrier;
+  float4 value;
 };
 struct Lane {
-  ucontext_t context;
+  ucontext_t context; // its beginning
+  jmp_buf place;      // where it waits
   Dim thread;
   Warp* warp;
   Block* block;
   int index;
-  bool is_done = false;
-  std::vector<char> stack;
+  bool has_begun = false, is_done = false;
+  bool (*is_ready)(void*) = nullptr; // of a lane that waits, with `what`
+  void* what;
 };
+constexpr int STACK_BYTES = 1 << 16;
 
 inline std::vector<Lane> lanes;
+inline std::vector<std::unique_ptr<char[]>> stacks;
 inline std::vector<Warp> warps;
 inline std::vector<Block> blocks; // of the cluster
 inline std::vector<Copy> copies;
 inline Lane* lane_now;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int num_arrived;
 inline long generation, progress;
 inline long num_launches; // of clusters
@@ -99,14 +108,32 @@ inline Dim gridDim;
   fflush(stdout);
   abort();
 }
-inline void yield() { swapcontext(&lane_now->context, &scheduler); }
+// Jumps rather than swapcontext, which calls the system each time.
+inline void yield() {
+  if (!_setjmp(lane_now->place)) _longjmp(scheduler, 1);
+}
+inline void resume(Lane& lane) {
+  lane_now = &lane;
+  if (_setjmp(scheduler)) return;
+  if (lane.has_begun) _longjmp(lane.place, 1);
+  lane.has_begun = true;
+  setcontext(&lane.context);
+}
+template <typename F>
+void wait_until(F is_over) {
+  if (is_over()) return;
+  lane_now->is_ready = [](void* what) { return (*(F*)what)(); };
+  lane_now->what = &is_over;
+  yield();
+  lane_now->is_ready = nullptr;
+}
 inline void __syncwarp() {
   Warp& warp = *lane_now->warp;
   long before = warp.generation;
   if (++warp.num_arrived == 32) {
     warp.num_arrived = 0, warp.generation++, progress++;
   } else {
-    while (warp.generation == before) yield();
+    wait_until([&] { return warp.generation != before; });
   }
 }
 inline void __syncthreads() {
@@ -115,7 +142,7 @@ inline void __syncthreads() {
   if (++block.num_arrived == block.num_threads) {
     block.num_arrived = 0, block.generation++, progress++;
   } else {
-    while (block.generation == before) yield();
+    wait_until([&] { return block.generation != before; });
   }
 }
 inline void sync_cluster() {
@@ -123,7 +150,7 @@ inline void sync_cluster() {
   if (++num_arrived == (int)lanes.size()) {
     num_arrived = 0, generation++, progress++;
   } else {
-    while (generation == before) yield();
+    wait_until([&] { return generation != before; });
   }
 }
 inline int atomicAdd(int* at, int by) {
@@ -197,13 +224,14 @@ void finish_copies();
 inline void run_lane() {
   kernel_body();
   lane_now->is_done = true;
-  progress++;
+  lane_now->block->num_done++, progress++;
   yield();
 }
 inline void run_cluster(int first_block, int num_blocks, int num_threads) {
   num_launches++;
   int num_lanes = num_blocks * num_threads;
   lanes = std::vector<Lane>(num_lanes);
+  while ((int)stacks.size() < num_lanes) stacks.emplace_back(new char[STACK_BYTES]);
   warps.assign(num_lanes / 32, Warp());
   blocks.assign(num_blocks, Block());
   for (int i = 0; i < num_blocks; i++) {
@@ -214,19 +242,28 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
     Lane& lane = lanes[i];
     lane.block = &blocks[i / num_threads], lane.warp = &warps[i / 32], lane.index = i % 32;
     lane.thread = {i % num_threads, 0, 0};
-    lane.stack.resize(1 << 16);
     getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.data();
-    lane.context.uc_stack.ss_size = lane.stack.size();
+    lane.context.uc_stack.ss_sp = stacks[i].get();
+    lane.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&lane.context, run_lane, 0);
   }
-  for (int idle = 0; std::any_of(lanes.begin(), lanes.end(), [](Lane& lane) { return !lane.is_done; });) {
+  int num_warps = warps.size();
+  std::vector<long> asleep_until(num_warps);
+  long round = 0, late = chance() % num_blocks * (num_threads / 32);
+  for (int w = 0; num_blocks > 1 && w < num_threads / 32; w++) asleep_until[late + w] = 1024; // one block begins late
+  for (int idle = 0; std::any_of(lanes.begin(), lanes.end(), [](Lane& lane) { return !lane.is_done; }); round++) {
     long before = progress;
-    for (size_t w = 0; w < warps.size(); w++) {
-      int warp = chance() % warps.size();
+    if (num_blocks > 1 && (int)(chance() % 512) < num_warps) {
+      int warp = chance() % num_warps, of_block = num_threads / 32, n = chance() % 8 ? 1 : of_block;
+      long until = round + (1 << chance() % 11); // some for longer than others take for several units
+      for (int w = warp / n * n; w < warp / n * n + n; w++) asleep_until[w] = until;
+    }
+    for (int w = 0; w < num_warps; w++) {
+      int warp = chance() % num_warps;
+      if (round < asleep_until[warp]) continue;
       for (int i = 0; i < 32; i++) {
-        lane_now = &lanes[warp * 32 + i];
-        if (!lane_now->is_done) swapcontext(&scheduler, &lane_now->context);
+        Lane& lane = lanes[warp * 32 + i];
+        if (!lane.is_done && (!lane.is_ready || lane.is_ready(lane.what))) resume(lane);
       }
     }
     if (chance() % 3 == 0) finish_copies();

@@ -6,26 +6,32 @@
 #endif
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
-                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_clusters, int expanding_group) {
-  launch(pool->num_layers * 4, THREADS,
-         [=] { lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_clusters, expanding_group); });
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_rows, int num_clusters, int cluster,
+                         int expanding_group) {
+  launch(pool->num_layers * 4, THREADS, [=] {
+    lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_rows, num_clusters, cluster,
+              expanding_group);
+  });
 }
 
 extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
-                         int num_blocks) {
+                         int num_rows, int num_clusters, int cluster) {
 #if HAS_CLUSTER
-  launch(num_blocks * CLUSTER, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, CLUSTER);
+  num_clusters = min(num_clusters, num_rows * group->num_modules);
+  launch(num_clusters * cluster, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, cluster);
 #endif
-  launch(num_blocks, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
-  launch(num_blocks, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
+  launch(2, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
+  launch(2, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
 }
 
 #if DTYPE != 0 && ALIGNED
 extern "C" void run_silu_mul(const Pool* pool, const Group* group, const Work* work, int list, const Element* gate_up,
-                             const Element* delta, Element* out, int num_blocks) {
-  launch(num_blocks, THREADS, [=] { lora_silu_mul(*pool, *group, *work, list, gate_up, delta, out); });
+                             const Element* delta, Element* out) {
+  launch(2, THREADS, [=] { lora_silu_mul(*pool, *group, *work, list, gate_up, delta, out); });
 }
 #endif
+
+extern "C" void seed(unsigned number) { chance.seed(number); }
 
 extern "C" void sizes(int* to) {
   to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;

@@ -13,7 +13,7 @@ from slora.models.config import ModelConfig
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from slora.kernels.lora import Lora
+from slora.kernels.lora import PAIR, WIDE, WIDE_ROWS, Lora
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
@@ -42,6 +42,9 @@ class World:
     """A pool with some adapters of random ranks and targets, pages in random order, NaN where nobody wrote."""
 
     has_prefill = True
+    cluster: int | None = None
+    """PAIR, WIDE, or what is chosen for `num_rows`."""
+    num_rows: int | None = None
 
     def __init__(
         self, shape: str, dtype: str, ranks: list[int], *, page_tokens: int | None = None, max_rows: int = 600
@@ -94,7 +97,8 @@ class World:
 
     def prepare(self) -> None:
         arrays = (self.plan[:1], self.plan[1:], self.plan[self.max_rows + 2 :])
-        self.lora.prepare(*arrays, has_prefill=self.has_prefill)
+        cluster = self.cluster if self.lora.num_clusters else None
+        self.lora.prepare(*arrays, num_rows=self.num_rows, has_prefill=self.has_prefill, cluster=cluster)
 
     def inputs(self, rows: int) -> list[torch.Tensor]:
         """x of each group."""
@@ -163,10 +167,14 @@ def distribution(name: str, rows: int, num_adapters: int, rng: random.Random) ->
     return [(a, owners.count(a)) for a in sorted(set(owners))]
 
 
+@pytest.mark.parametrize("cluster", [PAIR, WIDE])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", ["small", "odd"])
-def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str) -> None:
+def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str, cluster: int) -> None:
     world = World(shape, dtype, RANKS)
+    if not world.lora.num_clusters and cluster == WIDE:
+        pytest.skip("no clusters for this shape and type")
+    world.cluster = cluster
     for world.has_prefill, name in product(
         (False, True), ("distinct", "identical", "uniform", "zipf", "skewed", "empty")
     ):
@@ -174,15 +182,32 @@ def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str) -> None:
             world.check(distribution(name, rows, len(RANKS), world.rng))
 
 
+@pytest.mark.parametrize("cluster", [PAIR, WIDE])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_shapes_of_a_large_model(dtype: str) -> None:
+def test_the_shapes_of_a_large_model(dtype: str, cluster: int) -> None:
     world = World("llama", dtype, [16, 64, 3])
+    world.cluster = cluster
     for segments in ([(0, 1)], [(0, 64), (1, 5), (-1, 2), (2, 300)], [(1, 1), (0, 1), (2, 1)]):
         world.check(segments)
 
 
-def test_large_ranks_and_pages_of_a_few_rows() -> None:
+@pytest.mark.parametrize("rank", [64, 128, 256])
+def test_one_row_of_a_large_rank_in_wide_clusters(rank: int) -> None:
+    world = World("llama", "bfloat16", [rank, 8], max_rows=WIDE_ROWS)
+    for world.num_rows in (1, WIDE_ROWS):
+        world.check([(0, 1)])
+    world.check([(0, 1), (1, 3), (0, 20), (-1, 1), (0, 1)])
+    xs = world.inputs(9)
+    world.set_segments([(0, 9)])
+    wide = world.run(xs)
+    world.cluster = PAIR
+    assert all(torch.equal(a, b) for a, b in zip(wide, world.run(xs), strict=True))
+
+
+@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+def test_large_ranks_and_pages_of_a_few_rows(cluster: int) -> None:
     world = World("small", "bfloat16", [256, 100, 2], page_tokens=16)
+    world.cluster = cluster
     assert world.pool.page_bytes // 1280 < 32, "ranks should cross pages"
     for rows in (3, 70, 512):
         world.check(distribution("uniform", rows, 3, world.rng))
@@ -194,15 +219,17 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: str) -> None:
     xs = world.inputs(200)
     world.set_segments([(3, 200)])
     together = world.run(xs)
-    for first, rows in ((0, 1), (7, 20), (100, 64)):
+    for world.cluster, (first, rows) in product((PAIR, WIDE), ((0, 1), (7, 20), (40, 64), (100, 64))):
         world.set_segments([(3, rows)])
         alone = world.run([x[first : first + rows].contiguous() for x in xs])
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[first : first + rows], b)
 
 
-def test_a_graph_replays_with_other_segments_and_adapters() -> None:
+@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+def test_a_graph_replays_with_other_segments_and_adapters(cluster: int) -> None:
     world = World("small", "bfloat16", RANKS)
+    world.cluster = cluster
     xs = world.inputs(512)
     world.set_segments([(-1, 512)])
     world.run(xs)

@@ -36,9 +36,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """residual + x + delta, and its norm: (normed, residual). May write into x."""
 
-    def rope_kv(
-        self, qkv: Tensor, delta: Any, batch: Any, layer: int, qk_norm: Tensor | None, eps: float
-    ) -> Tensor:
+    def rope_kv(self, qkv: Tensor, delta: Any, batch: Any, layer: int, qk_norm: Tensor | None, eps: float) -> Tensor:
         """Add delta, norm the heads of q and k, rotate, write K and V to their slots: q [rows, heads, head_dim]."""
 
     def paged_attention(self, q: Tensor, batch: Any, layer: int) -> Tensor:

@@ -172,9 +172,12 @@ class Launch:
         assert type(new) is type(old), f"argument {index} of {self._name} changes its type"
         ctypes.memmove(ctypes.addressof(old), ctypes.addressof(new), ctypes.sizeof(old))
 
-    def set_grid(self, blocks: int) -> None:
-        """How many blocks, along x, the next calls launch."""
-        self._config.grid_x = blocks
+    def set_clusters(self, count: int, size: int) -> None:
+        """How many clusters of how many blocks, along x, the next calls launch; it was bound with clusters."""
+        attribute = self._attributes[0]
+        assert attribute.id == _CLUSTER, f"{self._name} was bound without clusters"
+        attribute.value[0] = size
+        self._config.grid_x = count * size
 
     def __call__(self, stream: int | None = None) -> None:
         self._config.stream = current_stream() if stream is None else stream
