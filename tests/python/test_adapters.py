@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE, NAMES
+from device import engine_options
 
 import slora
 
@@ -16,7 +17,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
 @pytest.fixture
 def fresh() -> Iterator[slora.LLM]:
-    with slora.LLM(BASE, adapters={"reverse": ADAPTERS / "reverse"}, device="cpu") as llm:
+    with slora.LLM(BASE, adapters={"reverse": ADAPTERS / "reverse"}, **engine_options()) as llm:
         yield llm
 
 

@@ -19,7 +19,10 @@ from slora.models.config import ModelConfig
 ROOT = Path(__file__).parents[2]
 MAX_SEGMENTS = 64
 NUM_CLUSTERS = 2
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.cpu_only(reason="an emulated device; a real one is in tests/gpu"),
+]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
 SHAPES = {
     "aligned": {"hidden_size": 640, "intermediate_size": 2240, "num_attention_heads": 10, "num_key_value_heads": 2},
