@@ -100,13 +100,14 @@ gpu-env: $(if $(WHEEL),,wheel) $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV
 	$(GPU_PYTHON) -m zipfile -e $(or $(WHEEL),dist/slora-*.whl) $$site
 	$(GPU_ENV)/bin/python -I -c 'import slora; print(f"the wheel of slora {slora.__version__} is in {slora.__file__}")'
 
-# Two targets, for where a command may not take long: each is meant to end within ten minutes.
+# In two parts, of some minutes each, for where a command may not take long. The first is what only a device has: kernels,
+# steps, failures; the second the engine's behaviour, which the CPU has, too.
 test-gpu: test-gpu-kernels test-gpu-engine ## Tests that need a CUDA device, of the installed wheel
 
-test-gpu-kernels: gpu-env ## Those of kernels, steps and failures of the device
+test-gpu-kernels: gpu-env
 	$(GPU_ENV)/bin/python -m pytest tests/gpu
 
-test-gpu-engine: gpu-env ## Those of the engine's behaviour that the CPU has, too
+test-gpu-engine: gpu-env
 	$(GPU_ENV)/bin/python -m pytest tests/python --device=cuda
 
 sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer; TOOL=memcheck, racecheck or both
