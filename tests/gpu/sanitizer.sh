@@ -5,7 +5,7 @@
 #     tests/gpu/sanitizer.sh [PYTHON [TOOL [NAME …]]]
 #
 # PYTHON must have slora, torch and pytest; TOOL is memcheck, racecheck or both (the default); NAMEs are those of RUNS, by
-# default all. So a tool takes ten minutes at most. A run that was not done is no clean one: give it alone, or more time.
+# default all. So a tool takes ten minutes at most. A run that was not done is not clean: repeat it alone, or with more time.
 #
 # Every tensor is an allocation of its own here, so that a kernel that reads past one's end is seen. Graphs cannot be
 # recorded that way: what they would hold is launched instead.
