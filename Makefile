@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-clients gpu-env test-gpu sanitize-gpu bench-gpu format clean
+.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-clients gpu-env test-gpu test-gpu-kernels test-gpu-engine sanitize-gpu bench-gpu format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -88,6 +88,7 @@ test-clients: $(VENV)/.built $(VENV)/.tools ## LiteLLM and lm-evaluation-harness
 GPU_ENV := target/gpu-env
 GPU_PYTHON ?= $(BIN)/python
 WHEEL ?=
+TOOL ?= both
 OUT ?= benches/results
 
 # As in test-wheel, but without pip, which may be missing there: a wheel is an archive of what lies in site-packages.
@@ -99,11 +100,18 @@ gpu-env: $(if $(WHEEL),,wheel) $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV
 	$(GPU_PYTHON) -m zipfile -e $(or $(WHEEL),dist/slora-*.whl) $$site
 	$(GPU_ENV)/bin/python -I -c 'import slora; print(f"the wheel of slora {slora.__version__} is in {slora.__file__}")'
 
-test-gpu: gpu-env ## Tests that need a CUDA device, of the installed wheel
+# In two parts, of some minutes each, for where a command may not take long. The first is what only a device has: kernels,
+# steps, failures; the second the engine's behaviour, which the CPU has, too.
+test-gpu: test-gpu-kernels test-gpu-engine ## Tests that need a CUDA device, of the installed wheel
+
+test-gpu-kernels: gpu-env
 	$(GPU_ENV)/bin/python -m pytest tests/gpu
 
-sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer
-	tests/gpu/sanitizer.sh $(GPU_ENV)/bin/python
+test-gpu-engine: gpu-env
+	$(GPU_ENV)/bin/python -m pytest tests/python --device=cuda
+
+sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer; TOOL=memcheck, racecheck or both
+	tests/gpu/sanitizer.sh $(GPU_ENV)/bin/python $(TOOL)
 
 bench-gpu: gpu-env ## Measure kernels, steps and swap-ins of the installed wheel on a CUDA device, into OUT
 	mkdir -p $(OUT)

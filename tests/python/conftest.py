@@ -1,10 +1,12 @@
-"""The embedded example, an engine on it, and PEFT beside it."""
+"""The device that tests run on; the embedded example, an engine on it, and PEFT beside it."""
 
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import device
 import pytest
+import torch
 from oracle import Oracle
 
 import slora
@@ -14,6 +16,25 @@ BASE, ADAPTERS = EXAMPLE / "base", EXAMPLE / "adapters"
 NAMES = sorted(path.name for path in ADAPTERS.iterdir())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=device.NAMES, default="cpu", help="where engines run; default: cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.choose(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not device.is_cuda():
+        return
+    if not (torch.cuda.is_available() or config.option.collectonly):
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cpu_only")])
+    items[:] = [item for item in items if not item.get_closest_marker("cpu_only")]
+    for item in items:
+        item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Oracle:
     return Oracle(BASE, {name: ADAPTERS / name for name in NAMES})
@@ -21,7 +42,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[slora.LLM]:
-    with slora.LLM(BASE, adapters=ADAPTERS, device="cpu") as llm:
+    with slora.LLM(BASE, adapters=ADAPTERS, **device.engine_options()) as llm:
         yield llm
 
 

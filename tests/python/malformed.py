@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import CONFIG, WEIGHTS, Checkpoint, Group, Write, safetensors
+from device import is_cuda
 from malformed_configs import configs
 
 
@@ -215,7 +216,8 @@ def tensors(good: Checkpoint) -> Iterator[Group]:
     yield "saved modules", "unsupported_modules_to_save", added(*saved)
     token = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     yield "trained tokens", "unsupported_trainable_tokens", added(token)
-    yield "image beyond the pool", "too_many_pages", [huge(good, rank) for rank in (1 << 20, 1 << 24)]
+    reason = "rank_too_large" if is_cuda() else "too_many_pages"
+    yield "image beyond the pool", reason, [huge(good, rank) for rank in (1 << 20, 1 << 24)]
 
 
 def huge(good: Checkpoint, rank: int) -> Write:

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 
 
 class Oracle:
-    """One base with several adapters, in float32."""
+    """One base with several adapters, in float32 on the CPU."""
 
     def __init__(self, base: Path, adapters: dict[str, Path]) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
         first, *others = adapters.items()
-        self.model = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
+        self.model = PeftModel.from_pretrained(model, first[1], adapter_name=first[0], torch_device="cpu")
         for name, path in others:
-            self.model.load_adapter(path, adapter_name=name)
+            self.model.load_adapter(path, adapter_name=name, torch_device="cpu")
         self.model.eval()
 
     @torch.inference_mode()

@@ -13,17 +13,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from conftest import ADAPTERS, BASE
+from device import flags
 
 ADMIN = "the-admin-key"
 EXAMPLE = (str(BASE), "--adapter-dir", str(ADAPTERS), "--admin-key", ADMIN)
 
 
 class Served:
-    """A running server process on the CPU; on leaving it must end by itself after SIGTERM."""
+    """A running server process; on leaving it must end by itself after SIGTERM."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.log: list[str] = []
-        command = [sys.executable, "-m", "slora", "serve", *arguments, "--device", "cpu", "--port", "0"]
+        command = [sys.executable, "-m", "slora", "serve", *flags(), *arguments, "--port", "0"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )

@@ -16,6 +16,8 @@ import pytest
 from conftest import ADAPTERS, BASE
 from serving import ADMIN, Served
 
+pytestmark = pytest.mark.cpu_only(reason="paths end in the server, before any device")
+
 NOT_ALLOWED = (400, "path_not_allowed", None)
 NOT_FOUND = (400, "adapter_invalid", "not_found")
 IO = (400, "adapter_invalid", "io")

@@ -2,12 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE, NAMES
+from device import engine_options
 
 import slora
 
@@ -16,7 +17,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
 @pytest.fixture
 def fresh() -> Iterator[slora.LLM]:
-    with slora.LLM(BASE, adapters={"reverse": ADAPTERS / "reverse"}, device="cpu") as llm:
+    with slora.LLM(BASE, adapters={"reverse": ADAPTERS / "reverse"}, **engine_options()) as llm:
         yield llm
 
 
@@ -47,7 +48,7 @@ def test_an_adapter_says_what_it_is(fresh: slora.LLM) -> None:
     assert fresh.adapters["reverse"].state == "resident"
 
 
-def test_adapters_come_and_go(fresh: slora.LLM) -> None:
+def test_adapters_come_and_go(fresh: slora.LLM, settled: Callable[[slora.LLM], slora.outputs.Stats]) -> None:
     assert fresh.adapters.add("loud", ADAPTERS / "upper").state == "registered"
     assert fresh.generate("abc", adapter="loud", **GREEDY).text == "ABC"
     with pytest.raises(slora.AdapterError, match="loud"):
@@ -58,7 +59,7 @@ def test_adapters_come_and_go(fresh: slora.LLM) -> None:
         fresh.generate("abc", adapter="loud")
     with pytest.raises(slora.UnknownAdapterError, match="loud"):
         fresh.adapters.remove("loud")
-    assert fresh.stats().resident_adapters == 0
+    assert settled(fresh).resident_adapters == 0
 
 
 def test_a_replaced_adapter_is_another_version(fresh: slora.LLM) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE
+from device import engine_options, tolerance
 
 import slora
 
@@ -14,7 +15,7 @@ LONG: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True, "temperature": 0
 
 def run(body: Callable[[slora.AsyncLLM], Awaitable[None]], **options: Any) -> None:
     async def main() -> None:
-        async with slora.AsyncLLM(BASE, adapters=ADAPTERS, device="cpu", **options) as llm:
+        async with slora.AsyncLLM(BASE, adapters=ADAPTERS, **engine_options(**options)) as llm:
             await body(llm)
 
     asyncio.run(main())
@@ -33,7 +34,9 @@ def test_a_stream_brings_what_generate_brings() -> None:
         deltas = [delta async for delta in stream]
         assert "".join(delta.text for delta in deltas) == whole.text == "retaw wodniw"
         assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
-        assert [found for delta in deltas for found in delta.logprobs or []] == whole.logprobs
+        assert whole.logprobs is not None
+        expected = [pytest.approx(found, rel=0, abs=tolerance(0)) for found in whole.logprobs]
+        assert [found for delta in deltas for found in delta.logprobs or []] == expected
         assert [delta.finish_reason for delta in deltas][-2:] == [None, "stop"]
         assert len(deltas) > 5
         assert (stream.prompt_token_ids, stream.adapter) == (whole.prompt_token_ids, "reverse")
@@ -160,7 +163,7 @@ def test_closing_ends_streams_with_an_error() -> None:
 
 
 def test_one_engine_serves_several_event_loops_in_turn() -> None:
-    llm = slora.AsyncLLM(BASE, adapters=ADAPTERS, device="cpu")
+    llm = slora.AsyncLLM(BASE, adapters=ADAPTERS, **engine_options())
     for _ in range(2):
         assert asyncio.run(llm.generate("abc", adapter="upper", temperature=0)).text == "ABC"  # type: ignore[arg-type]
     asyncio.run(llm.close())

@@ -16,6 +16,8 @@ from serving import ADMIN, EXAMPLE, Served
 
 from slora.cli import main
 
+pytestmark = pytest.mark.cpu_only(reason="the load, whatever answers it")
+
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:

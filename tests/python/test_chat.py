@@ -15,6 +15,8 @@ import pytest
 from conftest import ADAPTERS, BASE
 from serving import ADMIN, EXAMPLE, Served
 
+pytestmark = pytest.mark.cpu_only(reason="the terminal, whoever answers it")
+
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:

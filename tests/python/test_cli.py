@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from conftest import ADAPTERS, BASE, NAMES
+from device import flags
 
 from slora import demo
 from slora.cli import main
 
+no_engine = pytest.mark.cpu_only(reason="no engine")
+
 
 def test_the_demo_prints_answers_and_scores_and_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--device", "cpu"]) == 0
+    assert main(["demo", *flags("device")]) == 0
     output = capsys.readouterr().out
     assert "banana          reverse   ananab" in output
     for name in NAMES:
@@ -26,12 +29,12 @@ def test_the_demo_fails_when_a_score_is_wrong(
     cases, max_tokens = demo.read_cases(demo.example_dir())
     wrong = [demo.Case(case.adapter, case.prompt, case.prompt) for case in cases if case.adapter == "sort"]
     monkeypatch.setattr(demo, "read_cases", lambda _: (wrong, max_tokens))
-    assert main(["demo", "--device", "cpu"]) == 1
+    assert main(["demo", *flags("device")]) == 1
     assert "sort        0.000  1.000  wrong" in capsys.readouterr().out
 
 
 def test_generate_answers_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", str(BASE), "abc", "def", "--adapters", str(ADAPTERS), "--device", "cpu"]
+    arguments = ["generate", str(BASE), "abc", "def", "--adapters", str(ADAPTERS), *flags("device", "dtype")]
     assert main([*arguments, "--adapter", "reverse"]) == 0
     assert capsys.readouterr().out == "cba\nfed\n"
     assert main([*arguments, "--adapter", "upper", "--adapter", "", "--json"]) == 0
@@ -42,12 +45,13 @@ def test_generate_answers_prompts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(BASE), "abc", "--adapter", "nobody", "--device", "cpu"]) == 1
+    assert main(["generate", str(BASE), "abc", "--adapter", "nobody", *flags("device", "dtype")]) == 1
     assert 'slora: UnknownAdapterError: no adapter is named "nobody"' in capsys.readouterr().err
     assert main(["generate", "/nowhere", "abc"]) == 1
     assert "LoadError" in capsys.readouterr().err
 
 
+@no_engine
 def test_adapters_check_accounts_for_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["adapters", "check", str(ADAPTERS / "piglatin"), "--base", str(BASE)]
     assert main(arguments) == 0
@@ -59,6 +63,7 @@ def test_adapters_check_accounts_for_every_tensor(capsys: pytest.CaptureFixture[
     assert len(report["tensors"]) == 56
 
 
+@no_engine
 def test_adapters_check_says_why_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = json.loads((ADAPTERS / "upper" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
@@ -71,18 +76,21 @@ def test_adapters_check_says_why_not(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "use_dora" in json.loads(capsys.readouterr().out)["error"]
 
 
+@no_engine
 def test_adapters_ls_lists_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", "ls", str(ADAPTERS), "--base", str(BASE)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == NAMES
 
 
+@no_engine
 def test_doctor_says_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "torch" in (output := capsys.readouterr().out)
     assert "device cpu" in output
 
 
+@no_engine
 @pytest.mark.parametrize(
     "command", [[], ["demo"], ["generate"], ["adapters"], ["adapters", "check"], ["serve"], ["doctor"]]
 )
@@ -93,6 +101,7 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert "usage: slora" in capsys.readouterr().out
 
 
+@no_engine
 def test_python_m_slora_is_the_command() -> None:
     process = subprocess.run([sys.executable, "-m", "slora", "--version"], capture_output=True, text=True, check=True)
     assert process.stdout.startswith("slora ")

@@ -16,6 +16,8 @@ from slora.errors import ConfigError
 from slora.options import Options
 from slora.settings import BY_NAME, SETTINGS, VLLM_HINTS, adapters, texts
 
+pytestmark = pytest.mark.cpu_only(reason="settings, before any engine")
+
 SAMPLES = {"adapters": "a=b", "texts": "x", "text": "x", "boolean": "true", "integer": "7", "number": "1.5"}
 SAMPLES |= {"num_bytes": "64MiB", "port": "81", "mapping": '{"top_k": 3}'}
 """A value that each kind of setting takes."""

@@ -11,6 +11,8 @@ from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
 from slora.plan import HAS_LORA, Counts
 
+pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
+
 NUM_LAYERS = 3
 NOTHING = Counts(*[0] * len(Counts._fields))
 

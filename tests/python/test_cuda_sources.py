@@ -6,6 +6,8 @@ import pytest
 
 from slora.kernels import nvrtc
 
+pytestmark = pytest.mark.cpu_only(reason="no engine")
+
 LLAMA = {"HEAD_DIM": 128, "HEADS": 32, "KV_HEADS": 8, "PAGE_TOKENS": 16}
 ODD = {"HEAD_DIM": 16, "HEADS": 3, "KV_HEADS": 1, "PAGE_TOKENS": 64}
 WIDE = {"HEAD_DIM": 256, "HEADS": 32, "KV_HEADS": 2, "PAGE_TOKENS": 16}

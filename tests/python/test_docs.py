@@ -10,6 +10,8 @@ import pytest
 
 from slora.cli import main
 
+pytestmark = pytest.mark.cpu_only(reason="commands as a reader types them, without a device")
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 

@@ -13,16 +13,22 @@ from typing import IO, Any
 
 import pytest
 from conftest import BASE
+from device import engine_options
 
 STEP_TIMEOUT_S = 1.0
 SERVE = """
-import ctypes, sys, time
+import ctypes, json, sys, time
 from slora.engine import StepLoop
 from slora.options import Options
-from slora.runner import Runner
 from slora import serve as served
 
-run, num_steps = Runner.run, 0
+options = Options(**json.loads(sys.argv[4]))
+if options.device == "cuda":
+    from slora.cuda_runner import CudaRunner as Runner
+else:
+    from slora.runner import Runner
+
+launch, num_steps = Runner.launch, 0
 
 def fail():
     how = sys.argv[2]
@@ -33,12 +39,12 @@ def fail():
     if how == "raises":
         raise MemoryError("no bytes left")
 
-def patched_run(self, plan):
+def patched_launch(self, plan):
     global num_steps
     num_steps += 1
     if num_steps >= 20:
         fail()
-    return run(self, plan)
+    return launch(self, plan)
 
 def patched_commit(self):
     if num_steps >= 20 and self._launched and sys.argv[2] == "panics in the core":
@@ -46,10 +52,10 @@ def patched_commit(self):
     return commit(self)
 
 commit, StepLoop._commit = StepLoop._commit, patched_commit
-Runner.run = patched_run
+Runner.launch = patched_launch
 config = {"port": 0, "model": sys.argv[1], "step_timeout_s": float(sys.argv[3])}
 served.CLOSE_TIMEOUT_S = 2
-sys.exit(served.serve(sys.argv[1], Options(device="cpu"), config, 0.5))
+sys.exit(served.serve(sys.argv[1], options, config, 0.5))
 """
 REASONS = {
     "raises": "MemoryError: no bytes left",
@@ -63,7 +69,7 @@ REASONS = {
 @contextlib.contextmanager
 def served(how: str, step_timeout_s: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that fails so in its 20th step, and its port."""
-    command = [sys.executable, "-c", SERVE, str(BASE), how, str(step_timeout_s)]
+    command = [sys.executable, "-c", SERVE, str(BASE), how, str(step_timeout_s), json.dumps(engine_options())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

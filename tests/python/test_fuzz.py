@@ -8,6 +8,8 @@ import pytest
 from fuzzing import ARGUMENTS, fuzz, statuses
 from serving import Served
 
+pytestmark = pytest.mark.cpu_only(reason="requests that end in the server, before any device")
+
 SEED = 20260
 
 

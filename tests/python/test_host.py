@@ -16,6 +16,8 @@ from slora.errors import DeviceError
 from slora.host import PinnedSlabs
 from slora.memory import HostTier
 
+pytestmark = pytest.mark.cpu_only(reason="a pinning that only keeps books; real ones are in tests/gpu")
+
 PAGE_BYTES = 1 << 16
 WAIT_S = 10.0
 CASES = {name: pairs[0] for name, pairs in json.loads((EXAMPLE / "heldout.json").read_text())["adapters"].items()}

@@ -13,6 +13,8 @@ from slora.models.config import ModelConfig
 from slora.models.rope import inverse_frequencies
 from slora.weights import load_weights
 
+pytestmark = pytest.mark.cpu_only(reason="the reference ops; tests/gpu compares the device's with them")
+
 SIZES = [1, 3, 7, 133]
 GROUP_MODULES = {QKV: (0, 1, 2), O: (3,), GATE_UP: (4, 5), DOWN: (6,)}
 

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import BASE, EXAMPLE
+from device import engine_options, tolerance
 from oracle import Oracle
 from transformers import AutoTokenizer
 
 import slora
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+TOLERANCE = tolerance(1e-4)
 
 
+@pytest.mark.cpu_only(reason="no engine")
 def test_importing_slora_is_quick_and_leaves_torch_alone() -> None:
     code = "import sys, time; t = time.perf_counter(); import slora; t = time.perf_counter() - t"
     command = [sys.executable, "-c", f"{code}; print(t, 'torch' in sys.modules)"]
@@ -60,7 +63,7 @@ def test_logprobs_hold_the_chosen_token_and_as_many_best_as_asked_for(llm: slora
             assert found is not None
             best = expected[i].topk(k).indices.tolist()
             assert set(found) == {ids[i + 1], *best}
-            assert found == pytest.approx({token: expected[i, token].item() for token in found}, abs=1e-4)
+            assert found == pytest.approx({token: expected[i, token].item() for token in found}, abs=TOLERANCE)
 
 
 def test_the_prompt_alone_can_be_scored(llm: slora.LLM) -> None:
@@ -159,7 +162,7 @@ def test_presence_and_frequency_penalties_count_the_output_only(llm: slora.LLM, 
     ids, counts = list(result.prompt_token_ids), torch.zeros(llm._engine.model_config.vocab_size)
     for token in result.token_ids:
         scores = oracle.log_probs(ids, "twice")[-1] - 1.5 * (counts > 0) - 2.0 * counts
-        assert scores[token] >= scores.max() - 1e-4
+        assert scores[token] >= scores.max() - TOLERANCE
         counts[token] += 1
         ids.append(token)
 
@@ -169,7 +172,7 @@ def test_special_tokens_are_shown_on_demand(llm: slora.LLM) -> None:
 
 
 def test_more_prompts_than_the_queue_takes_are_fed_gradually(settled: Any) -> None:
-    with slora.LLM(BASE, device="cpu", max_waiting=3, max_running=2, max_batch_tokens=16) as llm:
+    with slora.LLM(BASE, **engine_options(max_waiting=3, max_running=2, max_batch_tokens=16)) as llm:
         results = llm.generate([f"word {i}" for i in range(50)], n=2, **GREEDY)
         assert [result.text for result in results] == [f"word {i}" for i in range(50)]
         settled(llm)
@@ -179,7 +182,7 @@ def test_a_base_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
     for file in BASE.iterdir():
         if "token" not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    with slora.LLM(tmp_path, device="cpu") as llm:
+    with slora.LLM(tmp_path, **engine_options()) as llm:
         result = llm.generate([1, 80, 81, 82], **GREEDY)
         assert (result.token_ids, result.text) == ([5, 80, 81, 82, 2], "")
         with pytest.raises(slora.RequestError, match="hint: send token ids"):
@@ -193,12 +196,12 @@ def test_dummy_weights_need_the_configuration_alone_and_are_the_same_every_time(
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 128, "intermediate_size": 96}))
     answers = []
     for _ in range(2):
-        with slora.LLM(tmp_path, device="cpu", load_format="dummy") as llm:
+        with slora.LLM(tmp_path, **engine_options(load_format="dummy")) as llm:
             answers.append(llm.generate([5, 6, 7], ignore_eos=True, **GREEDY).token_ids)
     assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_answers_too(dtype: str) -> None:
-    with slora.LLM(BASE, adapters=EXAMPLE / "adapters", device="cpu", dtype=dtype) as llm:
+    with slora.LLM(BASE, adapters=EXAMPLE / "adapters", **engine_options(dtype=dtype)) as llm:
         assert llm.generate(["kitten", "kitten"], adapter=["reverse", "spell"], **GREEDY)[0].text == "nettik"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BASE
+from device import tolerance
 from oracle import Oracle
 from serving import ADMIN, EXAMPLE, Served
 from transformers import AutoTokenizer
@@ -17,7 +18,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-TOLERANCE = 1e-4
+TOLERANCE = tolerance(1e-4)
 PAIRS = [
     ("banana", "ananab"),
     ("hello world", "HELLO WORLD"),

@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 MAX_SEGMENTS = 64
 CLUSTERS = ((2, 2), (8, 2))
 """Blocks of a cluster, and how many clusters there are."""
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.cpu_only(reason="an emulated device; a real one is in tests/gpu"),
+]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3}
 SHAPES = {
     "aligned": {"hidden_size": 640, "intermediate_size": 2240, "num_attention_heads": 10, "num_key_value_heads": 2},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoint import Checkpoint
 from conftest import ADAPTERS, EXAMPLE, NAMES
+from device import tolerance
 from malformed import Malformed, malformed
 from serving import EXAMPLE as ARGUMENTS
 from serving import Served
@@ -57,7 +58,8 @@ class Traffic:
                 return
             status, answer = completion(self._served, *ask)
             text, logprobs = self._alone[ask]
-            if status != 200 or text_and_logprobs(answer) != (text, pytest.approx(logprobs, abs=1e-4)):
+            expected = (text, pytest.approx(logprobs, abs=tolerance(1e-4)))
+            if status != 200 or text_and_logprobs(answer) != expected:
                 self.wrong.append((ask, status, answer))
             self.num_answers += 1
 

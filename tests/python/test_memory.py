@@ -7,6 +7,8 @@ from slora import memory
 from slora.errors import ConfigError
 from slora.models.config import ModelConfig
 
+pytestmark = pytest.mark.cpu_only(reason="numbers in place of a device")
+
 
 def config() -> ModelConfig:
     return ModelConfig.from_dict(

@@ -7,6 +7,8 @@ import pytest
 from slora.errors import DeviceError
 from slora.kernels import nvrtc
 
+pytestmark = pytest.mark.cpu_only(reason="no engine")
+
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

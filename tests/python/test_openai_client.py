@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 
-import openai
 import pytest
 from conftest import ADAPTERS, BASE
+from serving import ADMIN, EXAMPLE, Served
+
+pytest.importorskip("openai", reason="openai is not installed")
+import openai
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from serving import ADMIN, EXAMPLE, Served
 
 USER, NARROW = "the-users-key", "the-key-of-one-request"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -8,7 +8,10 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ADAPTERS, BASE
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed; hint: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed; hint: apt-get install chromium"),
+    pytest.mark.cpu_only(reason="the page, whatever answers it"),
+]
 KEY = "the-users-key"
 
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from device import device_name, tolerance
 from planning import Request, World, tiny_config
 
 from slora.kernels.reference import best, sample
 from slora.models.config import ModelConfig
 from slora.sampling import log_probs
 from slora.weights import load_weights
+
+reference_op = pytest.mark.cpu_only(reason="the device's own op: tests/gpu/test_ops.py")
 
 
 def plain_sample(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
@@ -39,6 +42,7 @@ def run(logits: torch.Tensor, **params: object) -> list[int]:
     return sample(logits, *columns.values()).tolist()
 
 
+@reference_op
 @pytest.mark.parametrize("vocab", [5, 300, 3000])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_sample_equals_plain_python(vocab: int, spread: float) -> None:
@@ -60,6 +64,7 @@ def test_sample_equals_plain_python(vocab: int, spread: float) -> None:
     assert got == alone
 
 
+@reference_op
 def test_uniform_numbers_give_the_distribution() -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
     n = 4000
@@ -70,6 +75,7 @@ def test_uniform_numbers_give_the_distribution() -> None:
     assert few.nonzero()[:, 0].tolist() == sorted(logits.topk(3).indices.tolist())
 
 
+@reference_op
 def test_extreme_parameters_stay_defined() -> None:
     logits = torch.tensor([[3e38, -3e38, -torch.inf, 1.0]])
     assert run(logits, temperature=1e-30, uniform=0.999) == [0]
@@ -78,6 +84,7 @@ def test_extreme_parameters_stay_defined() -> None:
     assert run(torch.zeros(1, 7), uniform=0.99) == [6]
 
 
+@reference_op
 def test_best_orders_equal_values_by_id() -> None:
     x = torch.tensor([[1.0, 3.0, 3.0, 2.0, 2.0, 2.0, 0.0], [5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0]])
     for k in range(1, 9):
@@ -88,6 +95,7 @@ def test_best_orders_equal_values_by_id() -> None:
             assert values[row].tolist() == x[row, order].tolist()
 
 
+@reference_op
 def test_log_probs() -> None:
     logits = torch.randn(3, 50)
     found = log_probs(logits, torch.tensor([4, 0, 49]), 2)
@@ -100,10 +108,10 @@ def test_log_probs() -> None:
 @pytest.fixture
 def world() -> World:
     config = ModelConfig.from_dict(tiny_config())
-    weights = load_weights(config, "", dtype="float32", load_format="dummy")
+    weights = load_weights(config, "", dtype="float32", device=device_name(), load_format="dummy")
     weights.embed.mul_(20)
     weights.lm_head.mul_(20)
-    return World(config, weights)
+    return World(config, weights, device=device_name())
 
 
 def step_logits(world: World, tokens: list[int]) -> torch.Tensor:
@@ -131,7 +139,7 @@ def test_penalties_equal_transformers_and_openai(world: World) -> None:
         counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(scores))
         scores = scores - 0.4 * (counts > 0) - 0.7 * counts
         assert int(scores.argmax()) == token
-        assert request.chosen[i] == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-5)
+        assert request.chosen[i] == pytest.approx(float(logits.log_softmax(-1)[token]), abs=tolerance(1e-5))
     assert other.output != request.output[:6]
     plain = Request([9, 8], max_tokens=6)
     world.generate([plain])
@@ -151,7 +159,7 @@ def raw_logits(world: World, tokens: list[int]) -> torch.Tensor:
     decoder.logits = spy
     world.generate([Request(tokens, max_tokens=1, prompt_logprobs=-1)])
     decoder.logits = original
-    return seen[-1][0]
+    return seen[-1][0].cpu()
 
 
 def test_bias_forbids_and_forces(world: World) -> None:
@@ -166,7 +174,7 @@ def test_bias_forbids_and_forces(world: World) -> None:
     assert banned.output[0] not in (free.output[0], -1)
     assert nothing.output == [-1]
     assert again.output == free.output
-    assert forced.chosen[0] == pytest.approx(float(step_logits(world, [3, 4])[11]), abs=1e-5)
+    assert forced.chosen[0] == pytest.approx(float(step_logits(world, [3, 4])[11]), abs=tolerance(1e-5))
 
 
 def test_greedy_and_random_rows_share_a_step(world: World) -> None:

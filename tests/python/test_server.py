@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ADAPTERS
+from device import flags
 from serving import EXAMPLE, Served
 
 
@@ -84,7 +85,7 @@ def test_metrics_and_health_tell(served: Served) -> None:
 
 
 def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
-    command = [sys.executable, "-m", "slora", "serve", *EXAMPLE, "--device", "cpu", "--port", "0"]
+    command = [sys.executable, "-m", "slora", "serve", *EXAMPLE, *flags(), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = next(line for line in process.stdout if line.startswith("serving ")).split()[-1]

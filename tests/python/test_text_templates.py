@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only(reason="no engine")
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "templates"
 DOCUMENT = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 

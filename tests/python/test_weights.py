@@ -14,6 +14,8 @@ from slora.errors import ConfigError, LoadError
 from slora.models.config import ModelConfig
 from slora.weights import load_weights
 
+pytestmark = pytest.mark.cpu_only(reason="no engine")
+
 INDEX = "model.safetensors.index.json"
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from slora import graphs
 from slora.kernels import nvrtc
 from slora.kernels.attention import Attention
 from slora.kernels.descriptors import DeviceTables
@@ -31,9 +32,9 @@ class Step:
         self.pool, self.tables, self.plan = pool, tables, plan
         self.attention = Attention(pool, plan)
         self._frequencies, self._scaling = frequencies, scaling
-        max_rows, max_sampled = plan.capacity["token_ids"], plan.capacity["sample_rows"]
-        self._ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._rotation = torch.zeros((max_rows, len(frequencies), 2), dtype=torch.float32, device=device)
+        self._max_rows, max_sampled = graphs.bucket(plan.capacity["token_ids"]), plan.capacity["sample_rows"]
+        self._ids = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
+        self._rotation = torch.zeros((self._max_rows, len(frequencies), 2), dtype=torch.float32, device=device)
         self._sample_index = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         self.sampled = torch.zeros(max_sampled, dtype=torch.int32, device=device)
         """The ids that the last sampling step sampled; plans refer to them."""
@@ -99,7 +100,7 @@ class Step:
                 self.pool,
                 self.tables.modules,
                 self.tables.pages,
-                max_rows=self.plan.capacity["token_ids"],
+                max_rows=self._max_rows,
                 max_segments=min(self.plan.capacity["seg_adapter"], MAX_SEGMENTS),
             )
         return self._lora
