@@ -2,12 +2,12 @@
 
 import argparse
 
-from slora.kernels.lora import PAIR, WIDE
+from slora.kernels.lora import CLUSTERS
 
 FEW_ROWS = [(1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 1), (64, 64)]
 """Rows and adapters with few units, or about as many as the device has room for."""
 FEW_RANKS = (8, 16, 64)
-SIZES = {"auto": None, str(PAIR): PAIR, str(WIDE): WIDE}
+SIZES = {"auto": None} | {str(size): size for size in CLUSTERS}
 """Blocks of a cluster; None: as the op chooses."""
 
 

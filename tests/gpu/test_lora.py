@@ -13,7 +13,7 @@ from slora.models.config import ModelConfig
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from slora.kernels.lora import PAIR, WIDE, WIDE_ROWS, Lora
+from slora.kernels.lora import CLUSTERS, Lora
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
@@ -43,7 +43,7 @@ class World:
 
     has_prefill = True
     cluster: int | None = None
-    """PAIR, WIDE, or what is chosen for `num_rows`."""
+    """One of CLUSTERS, or what is chosen for `num_rows`."""
     num_rows: int | None = None
 
     def __init__(
@@ -167,12 +167,12 @@ def distribution(name: str, rows: int, num_adapters: int, rng: random.Random) ->
     return [(a, owners.count(a)) for a in sorted(set(owners))]
 
 
-@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", ["small", "odd"])
 def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str, cluster: int) -> None:
     world = World(shape, dtype, RANKS)
-    if not world.lora.num_clusters and cluster == WIDE:
+    if not world.lora.num_clusters and cluster > min(CLUSTERS):
         pytest.skip("no clusters for this shape and type")
     world.cluster = cluster
     for world.has_prefill, name in product(
@@ -182,7 +182,7 @@ def test_mixes_of_adapters_ranks_and_sizes(shape: str, dtype: str, cluster: int)
             world.check(distribution(name, rows, len(RANKS), world.rng))
 
 
-@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_shapes_of_a_large_model(dtype: str, cluster: int) -> None:
     world = World("llama", dtype, [16, 64, 3])
@@ -193,18 +193,18 @@ def test_the_shapes_of_a_large_model(dtype: str, cluster: int) -> None:
 
 @pytest.mark.parametrize("rank", [64, 128, 256])
 def test_one_row_of_a_large_rank_in_wide_clusters(rank: int) -> None:
-    world = World("llama", "bfloat16", [rank, 8], max_rows=WIDE_ROWS)
-    for world.num_rows in (1, WIDE_ROWS):
+    world = World("llama", "bfloat16", [rank, 8], max_rows=CLUSTERS[8])
+    for world.num_rows in (1, CLUSTERS[8]):
         world.check([(0, 1)])
     world.check([(0, 1), (1, 3), (0, 20), (-1, 1), (0, 1)])
     xs = world.inputs(9)
     world.set_segments([(0, 9)])
     wide = world.run(xs)
-    world.cluster = PAIR
+    world.cluster = min(CLUSTERS)
     assert all(torch.equal(a, b) for a, b in zip(wide, world.run(xs), strict=True))
 
 
-@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 def test_large_ranks_and_pages_of_a_few_rows(cluster: int) -> None:
     world = World("small", "bfloat16", [256, 100, 2], page_tokens=16)
     world.cluster = cluster
@@ -219,14 +219,14 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: str) -> None:
     xs = world.inputs(200)
     world.set_segments([(3, 200)])
     together = world.run(xs)
-    for world.cluster, (first, rows) in product((PAIR, WIDE), ((0, 1), (7, 20), (40, 64), (100, 64))):
+    for world.cluster, (first, rows) in product(CLUSTERS, ((0, 1), (7, 20), (40, 64), (100, 64))):
         world.set_segments([(3, rows)])
         alone = world.run([x[first : first + rows].contiguous() for x in xs])
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[first : first + rows], b)
 
 
-@pytest.mark.parametrize("cluster", [PAIR, WIDE])
+@pytest.mark.parametrize("cluster", CLUSTERS)
 def test_a_graph_replays_with_other_segments_and_adapters(cluster: int) -> None:
     world = World("small", "bfloat16", RANKS)
     world.cluster = cluster

@@ -22,10 +22,8 @@ MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
 MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
-WIDE_ROWS = 32
-"""Steps of up to this many rows have too few units to keep the device busy by pairs of blocks: clusters are wide."""
-PAIR, WIDE = 2, 8
-"""Blocks of a cluster; a unit's team is a cluster or a part of it."""
+CLUSTERS = {8: 16, 4: 64, 2: 1 << 30}
+"""Blocks of a cluster, by the rows of a step: the fewer units there are, the more blocks must share one."""
 _LISTS, _TOTALS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 5, 8, 36, 16, 256, 2
 _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 256, 16, 4, 256
 _CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 92160, 40960
@@ -126,15 +124,15 @@ class Lora:
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_SM
         self._cluster = None
         self.num_clusters: dict[int, int] = {}
-        """How many the device holds at once, by their size; wide ones may be none."""
+        """How many the device holds at once, by their size."""
         if module.has_clusters and aligned and pool.dtype != "float32":  # HAS_CLUSTER
             self._cluster = module.kernel("lora_cluster")
-            for size in (PAIR, WIDE):
+            for size in CLUSTERS:
                 room = self._cluster.max_clusters(_TEAM_THREADS, _CLUSTER_BYTES, size)
                 if room:
                     self.num_clusters[size] = min(room, _MAX_BLOCKS // size)
         self._silu_mul = module.kernel("lora_silu_mul") if aligned and pool.dtype != "float32" else None
-        self._has_many, self._has_few, self._num_rows, self._cluster_size = True, True, max_rows, PAIR
+        self._has_many, self._has_few, self._num_rows, self._cluster_size = True, True, max_rows, 0
         self.leaves_expand = False
         """Whether the step's gate_up deltas are left to `silu_mul` to expand."""
         self._launches = [self._bind(index) for index in range(num_lists)]
@@ -156,18 +154,18 @@ class Lora:
 
         At most `num_rows` rows. Steps without prefill rows, or without segments of at most MANY_ROWS rows (`has_few`),
         need fewer kernels for each layer group. With `leaves_expand`, where the types allow it, gate_up's delta is a
-        `Shrunk` for `silu_mul`, and all rows must belong to segments. `cluster`, PAIR or WIDE, overrules the choice by
-        the number of rows.
+        `Shrunk` for `silu_mul`, and all rows must belong to segments. `cluster`, one of CLUSTERS, overrules the
+        choice by the number of rows.
         """
         self._has_few = has_few
         self._num_rows = self.max_rows if num_rows is None else num_rows
-        is_wide = self._num_rows <= WIDE_ROWS and WIDE in self.num_clusters
-        self._cluster_size = cluster or (WIDE if is_wide else PAIR)
+        fitting = (size for size in self.num_clusters if self._num_rows <= CLUSTERS[size])
+        self._cluster_size = cluster or next(fitting, 0)
         self._has_many = has_prefill or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
         self.leaves_expand = leaves_expand and self._has_many and self._silu_mul is not None
-        num_clusters = self.num_clusters[self._cluster_size] if self._cluster else 0
+        num_clusters = self.num_clusters.get(self._cluster_size, 0)
         expanding = _GATE_UP if self.leaves_expand else -1
         numbers = (most_few, self._num_rows, num_clusters, self._cluster_size, expanding)
         args = (*tables, num_segments, seg_indptr, seg_adapter, *numbers)
@@ -228,7 +226,8 @@ class Lora:
         if self._cluster is None:
             return shrink, expand, None
         both = (*args, self._buffers[0])
-        cluster = self._cluster.bind(PAIR, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=PAIR, programmatic=index > 0)
+        size = min(CLUSTERS)
+        cluster = self._cluster.bind(size, _TEAM_THREADS, both, _CLUSTER_BYTES, cluster=size, programmatic=index > 0)
         return shrink, expand, cluster
 
 
