@@ -25,9 +25,9 @@ struct Groups {
 
 // Where the rows of a segment's A lie (those of its modules follow each other), and of each module's B.
 __device__ __forceinline__ Segment describe(
-    const Pool& pool, const Group& group, int layer, int adapter, int first_row, int num_rows, int most_few) {
+    const Pool& pool, const Group& group, int layer, int adapter, int first_row, int num_rows, int most_few, int sum_chunks) {
   Segment s = {first_row, num_rows, adapter};
-  s.is_many = DTYPE != 0 && num_rows > most_few;
+  s.sum_chunks = DTYPE != 0 && num_rows > most_few ? sum_chunks : 0;
   int num_splits = 0, stride = row_bytes(group.in);
   const char* follows = nullptr; // where the next module's A is if there is no split
   for (int m = 0; m < group.num_modules && adapter >= 0; m++) {
@@ -63,9 +63,9 @@ __device__ __forceinline__ Segment describe(
 
 __device__ __forceinline__ void count_items(const Group& group, const Segment& s, bool leaves_expand, int counts[NUM_LISTS]) {
   int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0, rest = ceil_div(group.out[0], SILU_COLUMNS);
-  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank, s.is_many));
-  if (s.is_many) {
-    counts[MANY] = ceil_div(s.num_rows, SHRINK_ROWS) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, SUM_CHUNKS);
+  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank, s.is_many()));
+  if (s.is_many()) {
+    counts[MANY] = ceil_div(s.num_rows, SHRINK_ROWS) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, s.sum_chunks);
     counts[MANY_OUT] = ceil_div(s.num_rows, EXPAND_ROWS) * (leaves_expand ? rest : columns);
   } else {
     if (leaves_expand) counts[REST] = ceil_div(s.num_rows, 8) * rest;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void count_items(const Group& group, const Segment& s
 
 extern "C" __global__ void __launch_bounds__(256) lora_work(
     Pool pool, Groups groups, Work work, const int* num_segments, const int* seg_indptr, const int* seg_adapter, int most_few,
-    int num_rows, int num_clusters, int cluster, int expanding_group) {
+    int sum_chunks, int num_rows, int num_clusters, int cluster, int expanding_group) {
   __shared__ int warp_ends[NUM_LISTS][8];
   int list = blockIdx.x, layer = list / 4, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Group& group = groups.of[list % 4];
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
   for (int first = 0; first < n; first += 256) {
     int i = first + threadIdx.x, ends[NUM_LISTS] = {};
     if (i < n) {
-      Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i], most_few);
+      Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i], most_few, sum_chunks);
       count_items(group, s, list % 4 == expanding_group, ends);
       work.segments[(long long)list * work.max_segments + i] = s;
     }

@@ -17,12 +17,13 @@
 // Where a segment's sums lie, and how they are added up.
 struct Sums {
   const float* at; // of the segment's first row
-  int row_stride, part_stride, parts;
-  bool is_few;
+  int row_stride, part_stride, parts, chunks; // of a part; 0: as of few rows
 
   __device__ __forceinline__ Sums(const Group& group, const Work& work, const Segment& s)
-      : at(work.sums + (long long)s.first_row * work.sums_stride), row_stride(work.sums_stride), part_stride(s.tiles * 16),
-        parts(ceil_div(group.in, chunk_columns(group.in, s.tiles))), is_few(!s.is_many) {}
+      : row_stride(work.row_stride(s)), part_stride(s.tiles * 16), chunks(s.sum_chunks) {
+    at = work.sums + (long long)s.first_row * row_stride;
+    parts = ceil_div(ceil_div(group.in, chunk_columns(group.in, s.tiles)), max(1, chunks));
+  }
 
   // Ranks `k` .. `k` + 4 of the group's, those from the `valid`th on are zeros.
   __device__ __forceinline__ void part(float v[4], int row, int p, int k, int valid) const {
@@ -41,25 +42,34 @@ struct Sums {
   // Those ranks' sums over all columns.
   __device__ __forceinline__ void total(float v[4], int row, int k, int valid) const {
 #if HAS_CLUSTER
-    float tree[LEAVES / SUM_CHUNKS][4];
+    int n = SUM_CHUNKS / chunks; // parts of a quarter of the tree
+    auto add_up = [&](float to[4], int p, int count) { // as many as four
+      float four[4][4];
 #pragma unroll
-    for (int p = 0; p < LEAVES / SUM_CHUNKS; p++) part(tree[p], row, p, k, p * SUM_CHUNKS < parts ? valid : 0);
+      for (int j = 0; j < 4; j++) part(four[j], row, p + j, k, j < count && p + j < parts ? valid : 0);
 #pragma unroll
-    for (int d = 1; d < LEAVES / SUM_CHUNKS; d *= 2)
+      for (int i = 0; i < 4; i++) to[i] = (four[0][i] + four[1][i]) + (four[2][i] + four[3][i]);
+    };
+    if (n == 1) return add_up(v, 0, 4);
+    float half[4];
+#pragma unroll 1
+    for (int q = 0; q < 4; q++) {
+      float quarter[4];
+      add_up(quarter, q * n, n);
 #pragma unroll
-      for (int p = 0; p < LEAVES / SUM_CHUNKS; p += 2 * d)
-#pragma unroll
-        for (int i = 0; i < 4; i++) tree[p][i] += tree[p + d][i];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = tree[0][i];
+      for (int i = 0; i < 4; i++) {
+        half[i] = q % 2 ? half[i] + quarter[i] : quarter[i];
+        if (q % 2) v[i] = q == 1 ? half[i] : v[i] + half[i];
+      }
+    }
 #else
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = 0;
-    int chunks = is_few ? SUM_CHUNKS : 1, n = is_few ? parts : ceil_div(parts, SUM_CHUNKS);
-    for (int p = 0; p < n; p += chunks) {
+    int n = chunks ? 1 : SUM_CHUNKS;
+    for (int p = 0; p < parts; p += n) {
       float sum[4], next[4];
       part(sum, row, p, k, valid);
-      for (int j = 1; j < chunks && p + j < n; j++) {
+      for (int j = 1; j < n && p + j < parts; j++) {
         part(next, row, p + j, k, valid);
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] += next[i];
@@ -91,7 +101,7 @@ __device__ __forceinline__ OutItem out_item(const Group& group, const Segment& s
     if (m >= group.num_modules) break;
     item.module = s.modules[m];
     item.index = m;
-    item.columns = item_columns(item.module.rank, s.is_many);
+    item.columns = item_columns(item.module.rank, s.is_many());
     item.out = group.out[m];
     int n = ceil_div(item.out, item.columns);
     if (i < n) break;
@@ -235,15 +245,15 @@ struct ExpandMemory {
 };
 
 // Of a whole block: for every 64 columns of `begin` .. `end`, `use(column, acc)` of EXPAND_ROWS rows from `row` on and the
-// `modules` from `first_module` on. `prefetch(column)` is called a turn earlier.
-template <int modules, typename Use>
-__device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
+// `modules` from `first_module` on. More than RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
+template <bool IS_LARGE, int modules, typename Use>
+__device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
                                             const Segment& s, int layer, int first_module, int row, int begin, int end, Use use) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, most = 0;
   int my_row = row + warp * 8 + g, end_of_rows = first_module == 0 ? group.out[0] : first_module == 1 ? group.out[1] : group.out[2];
 #pragma unroll
   for (int m = 0; m < modules; m++) most = max(most, s.modules[first_module + m].rank);
-  int blocks = max(1, ceil_div(most, RANK_BLOCK)), num_turns = ceil_div(end - begin, 64) * blocks;
+  int blocks = IS_LARGE ? ceil_div(most, RANK_BLOCK) : 1, num_turns = ceil_div(end - begin, 64) * blocks;
   auto ranks = [&](int m, int block) { return min(RANK_BLOCK, s.modules[first_module + m].rank - block * RANK_BLOCK); };
   // This thread's pieces of a stage: 8 columns of ranks `my_rank` and `my_rank` + RANK_BLOCK / 2.
   int my_rank = threadIdx.x / 8, my_column = begin + threadIdx.x % 8 * 8, fill_block = 0, fill_stage = 0, left = num_turns;
@@ -259,7 +269,7 @@ __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const
   };
   auto fill = [&] { // the next stage, zeros up to the next 16 ranks
     if (left-- > 0) {
-      if (blocks > 1) aim(fill_block);
+      if (IS_LARGE) aim(fill_block);
 #pragma unroll
       for (int m = 0; m < modules; m++)
 #pragma unroll
@@ -288,9 +298,9 @@ __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const
     }
   };
   __syncthreads(); // the item before has been read
-  if (blocks == 1) aim(0);
+  if (!IS_LARGE) aim(0);
   for (int i = 0; i < EXPAND_STAGES - 1; i++) fill();
-  if (blocks == 1) load_v(0);
+  if (!IS_LARGE) load_v(0);
   float acc[modules][4][4] = {};
   int column = begin, block = 0, stage = 0;
 #pragma unroll 1
@@ -298,7 +308,7 @@ __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const
     wait_copies<EXPAND_STAGES - 2>();
     __syncthreads();
     fill();
-    if (blocks > 1) load_v(block);
+    if (IS_LARGE) load_v(block);
 #pragma unroll
     for (int m = 0; m < modules; m++)
       for (int k = 0; k < ranks(m, block); k += 16) {
@@ -314,6 +324,16 @@ __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const
 #pragma unroll
     for (int e = 0; e < modules * 16; e++) acc[e / 16][e / 4 % 4][e % 4] = 0;
   }
+}
+
+template <int modules, typename Use>
+__device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
+                                            const Segment& s, int layer, int first_module, int row, int begin, int end, Use use) {
+  bool is_large = false;
+#pragma unroll
+  for (int m = 0; m < modules; m++) is_large |= s.modules[first_module + m].rank > RANK_BLOCK;
+  if (is_large) expand_tiles<true>(memory, pool, group, work, s, layer, first_module, row, begin, end, use);
+  else expand_tiles<false>(memory, pool, group, work, s, layer, first_module, row, begin, end, use);
 }
 
 __device__ __forceinline__ void expand_many(ExpandMemory<1>& memory, const Pool& pool, const Group& group, const Work& work,

@@ -44,7 +44,7 @@ __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
 }
 
-// The same of the MANY list: SHRINK_ROWS rows from `row`, MANY_TILES tiles from `tile`, SUM_CHUNKS chunks.
+// The same of the MANY list: SHRINK_ROWS rows from `row`, MANY_TILES tiles from `tile`, part `part`.
 struct ManyItem {
   int row, part, tile;
 };
@@ -64,8 +64,8 @@ __device__ __forceinline__ void shrink_step(float acc[4], uint4 low, uint4 high,
 // Ranks of `tile` for rows `row` and `row` + 1 of the segment.
 __device__ __forceinline__ void store_sums(const Work& work, const Segment& s, int row, int part, int tile, const float acc[4]) {
   int g = threadIdx.x % 32 / 4;
-  float* to = work.sums + (long long)(s.first_row + row) * work.sums_stride + (part * s.tiles + tile) * 16 + g;
-  for (int j = 0; j < 2; j++, to += work.sums_stride) {
+  float* to = work.sums + (long long)(s.first_row + row) * work.row_stride(s) + (part * s.tiles + tile) * 16 + g;
+  for (int j = 0; j < 2; j++, to += work.row_stride(s)) {
     if (row + j >= s.num_rows) break;
     __stcg(to, acc[j]);
     __stcg(to + 8, acc[j + 2]);
@@ -118,7 +118,7 @@ struct ShrinkMemory {
   char a[SHRINK_STAGES][MANY_TILES * 16 * K_STRIDE];
 };
 
-// Of a whole block: the same sums as of few rows, added up over SUM_CHUNKS chunks.
+// Of a whole block: the same sums as of few rows, added up over sum_chunks chunks.
 __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& pool, const Group& group, const Work& work,
                                             const Segment& s, int layer, int i, const Element* x) {
   constexpr int pieces = STAGE_K / 8, rows_at_once = THREADS / pieces, x_turns = SHRINK_ROWS / rows_at_once;
@@ -126,7 +126,7 @@ __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& po
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * 16;
   int my_row = threadIdx.x / pieces, my_column = threadIdx.x % pieces * 8, last = (group.in - 1) / 8 * 8;
   ManyItem item = many_item(s.num_rows, s.tiles, i);
-  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * SUM_CHUNKS * chunk, steps = ceil_div(chunk, STAGE_K);
+  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * s.sum_chunks * chunk, steps = ceil_div(chunk, STAGE_K);
   const char* a_source = a_row(pool, group, s, layer, item.tile * 16 + my_row);
   bool is_a = item.tile * 16 + my_row < s.tiles * 16;
   const Element* x_source[x_turns];
@@ -136,7 +136,7 @@ __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& po
   int next_chunk = begin, next_column = 0; // what to ask for
   auto fill = [&](int stage) {
     int k = next_chunk + next_column + my_column, end = min(group.in, next_chunk + chunk);
-    if (next_chunk < begin + SUM_CHUNKS * chunk) {
+    if (next_chunk < begin + s.sum_chunks * chunk) {
       char* to = memory.x[stage] + my_row * K_STRIDE + my_column * 2;
 #pragma unroll
       for (int j = 0; j < x_turns; j++) copy_x(to + j * rows_at_once * K_STRIDE, x_source[j], k, end);
@@ -150,7 +150,7 @@ __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& po
   for (int stage = 0; stage < SHRINK_STAGES - 1; stage++) fill(stage);
   float total[16] = {}, pair[16], acc[4][4] = {}; // [tile, 8 rows, 4]
   bool is_mine = item.row + warp_row < s.num_rows;
-  for (int step = 0, of_chunk = 0, c = 0; step < SUM_CHUNKS * steps; step++) {
+  for (int step = 0, of_chunk = 0, c = 0; step < s.sum_chunks * steps; step++) {
     wait_copies<SHRINK_STAGES - 2>();
     __syncthreads();
     fill((step + SHRINK_STAGES - 1) % SHRINK_STAGES);

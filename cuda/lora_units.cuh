@@ -28,7 +28,7 @@ template <typename Visit>
 __device__ __forceinline__ void each_unit(const Group& group, const Segment* segments, int n, bool of_modules, Visit visit) {
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const Segment& s = segments[i];
-    if (s.is_many) continue;
+    if (s.is_many()) continue;
     int cost = 0, rows = ceil_div(s.num_rows, 8);
     bool is_split = of_modules || s.ranks > UNIT_RANKS;
     for (int m = 0; m < group.num_modules; m++) {

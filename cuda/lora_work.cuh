@@ -6,9 +6,9 @@
 // their number follows from (in, out, ranks, rows of the segment) alone:
 //   few       8 rows x one tile x chunk_columns of x
 //   few_out   8 rows x all ranks of a module x item_columns of delta
-//   many      SHRINK_ROWS rows x MANY_TILES tiles x SUM_CHUNKS chunks
+//   many      SHRINK_ROWS rows x MANY_TILES tiles x sum_chunks chunks
 //   many_out  EXPAND_ROWS rows x all ranks of a module x item_columns of delta
-// Shrinking leaves partial sums, one for each chunk (few) or SUM_CHUNKS of them (many); expanding adds them in order.
+// Shrinking leaves partial sums, one for each chunk (few) or sum_chunks of them (many); expanding adds them in order.
 // Where there are clusters, units of 8 rows take the place of the items of few rows, and sums are added in a binary tree.
 // In a group whose consumer expands, a many_out item is EXPAND_ROWS rows x SILU_COLUMNS of its output, and those of
 // segments of few rows are
@@ -25,7 +25,7 @@
 #define SHRINK_ROWS 128
 #define EXPAND_ROWS 64
 #define EXPAND_STAGES 3
-#define SUM_CHUNKS 4
+#define SUM_CHUNKS 4 // sum_chunks at most; steps of fewer rows have 1 or 2, for more items, and as many more sums a row
 #define MANY_TILES 2
 #define SILU_COLUMNS 1024
 #define RANK_BLOCK 64 // ranks whose sums a warp expands together
@@ -85,9 +85,11 @@ struct alignas(16) Segment {
   int tiles;
   int ranks;
   int a_split;
-  int is_many;
+  int sum_chunks; // of many rows: chunks that a partial sum is over; 0: few rows
   Rows a; // of all modules
   SegmentModule modules[3];
+
+  __device__ __forceinline__ bool is_many() const { return sum_chunks; }
 };
 
 // What clusters do, largest first: segment + MAX_SEGMENTS * (module or ALL_MODULES + 4 * (row / 8)).
@@ -118,12 +120,17 @@ struct Work {
   Totals* totals;    // [layers * 4]
   int* ends;         // [layers * 4, NUM_LISTS, max_segments]: items of a list up to and with each segment
   Segment* segments; // [layers * 4, max_segments]
-  float* sums;       // [rows, sums_stride]: partial sums [chunk, tiles * 16] of a row
+  float* sums;       // [rows, sums_stride * SUM_CHUNKS / sum_chunks]: partial sums [chunks, tiles * 16] of a row
   int* unit_lists;   // [layers * 4, 2 + max_units]
   Start* starts;     // [layers * 4, MAX_BLOCKS]
   int max_segments;
   int sums_stride;
   int max_units;
+
+  // Floats from the sums of a segment's row to the next one's.
+  __device__ __forceinline__ int row_stride(const Segment& s) const {
+    return HAS_CLUSTER ? sums_stride * (SUM_CHUNKS / s.sum_chunks) : sums_stride;
+  }
 
   __device__ __forceinline__ UnitList* units(int list) const {
     return (UnitList*)(unit_lists + (long long)list * (2 + max_units));

@@ -6,10 +6,10 @@
 #endif
 
 extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* work, const int* num_segments,
-                         const int* seg_indptr, const int* seg_adapter, int most_few, int num_rows, int num_clusters, int cluster,
-                         int expanding_group) {
+                         const int* seg_indptr, const int* seg_adapter, int most_few, int sum_chunks, int num_rows,
+                         int num_clusters, int cluster, int expanding_group) {
   launch(pool->num_layers * 4, THREADS, [=] {
-    lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, num_rows, num_clusters, cluster,
+    lora_work(*pool, *groups, *work, num_segments, seg_indptr, seg_adapter, most_few, sum_chunks, num_rows, num_clusters, cluster,
               expanding_group);
   });
 }

@@ -196,7 +196,7 @@ def test_one_row_of_a_large_rank_in_wide_clusters(rank: int) -> None:
     world = World("llama", "bfloat16", [rank, 8], max_rows=CLUSTERS[8])
     for world.num_rows in (1, CLUSTERS[8]):
         world.check([(0, 1)])
-    world.check([(0, 1), (1, 3), (0, 20), (-1, 1), (0, 1)])
+    world.check([(0, 1), (1, 3), (0, 10), (-1, 1), (0, 1)])
     xs = world.inputs(9)
     world.set_segments([(0, 9)])
     wide = world.run(xs)

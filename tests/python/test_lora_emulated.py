@@ -100,6 +100,7 @@ class World:
         clusters: tuple[int, int] = CLUSTERS[0],
         team_size: int | None = None,
         gate_up: torch.Tensor | None = None,
+        sum_chunks: int = 4,
     ) -> list[torch.Tensor]:
         """The groups' deltas. With `gate_up`, its silu_mul in place of its group's delta."""
         cluster, num_clusters = clusters
@@ -112,7 +113,7 @@ class World:
         ]
         units = torch.zeros(4 * (2 + max_units), dtype=torch.int32)
         starts = torch.zeros(4, lora._MAX_BLOCKS, 40, dtype=torch.int32)
-        sums = torch.full((rows * stride,), float("nan"))
+        sums = torch.full((4 * rows * stride,), float("nan"))
         pool = lora._Pool(
             self.pages.data_ptr(),
             self.pages.shape[1],
@@ -130,7 +131,8 @@ class World:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in plan]
         expanding = -1 if gate_up is None else lora._GATE_UP
         numbers = (rows, num_clusters, cluster)
-        library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, lora.MANY_ROWS, *numbers, expanding)
+        chosen = (lora.MANY_ROWS, sum_chunks, *numbers, expanding)
+        library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, *chosen)
         if team_size is not None:
             num_blocks = num_clusters * cluster
             self.share(units.view(4, -1), starts, words[2].view(4, MAX_SEGMENTS, -1), num_blocks, team_size)
@@ -220,6 +222,9 @@ def test_a_row_does_not_depend_on_its_neighbours(variant: tuple[str, ctypes.CDLL
         alone = world.run(library, [(0, 2)], [x[5:7].contiguous() for x in xs], clusters)
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[5:7], b)
+    for sum_chunks in (1, 2) if name == "cluster" else ():
+        finer = world.run(library, [(0, 70)], xs, sum_chunks=sum_chunks)
+        assert all(torch.equal(a, b) for a, b in zip(together, finer, strict=True))
 
 
 @pytest.mark.parametrize(("cluster", "team_size"), [(2, 1), (2, 2), (8, 1), (8, 2), (8, 4), (8, 8)])

@@ -24,6 +24,8 @@ MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
 CLUSTERS = {8: 16, 4: 64, 2: 1 << 30}
 """Blocks of a cluster, by the rows of a step: the fewer units there are, the more blocks must share one."""
+_PART_ROWS = ((1024, 1), (4096, 2))
+"""Steps of up to so many rows sum up so many chunks of a row of many at once: more parts for more blocks."""
 _LISTS, _TOTALS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 5, 8, 36, 16, 256, 2
 _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 256, 16, 4, 256
 _CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 92160, 40960
@@ -102,7 +104,7 @@ class Lora:
             torch.zeros(num_lists * _TOTALS, dtype=torch.int32, device=device),
             torch.zeros(num_lists * _LISTS * max_segments, dtype=torch.int32, device=device),
             torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
-            torch.empty(max_rows * stride, dtype=torch.float32, device=device),
+            torch.empty(_sum_rows(max_rows) * stride, dtype=torch.float32, device=device),
             torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
             torch.zeros(num_lists * _MAX_BLOCKS * (4 + _SEGMENT_WORDS), dtype=torch.int32, device=device),
         )
@@ -167,7 +169,7 @@ class Lora:
         self.leaves_expand = leaves_expand and self._has_many and self._silu_mul is not None
         num_clusters = self.num_clusters.get(self._cluster_size, 0)
         expanding = _GATE_UP if self.leaves_expand else -1
-        numbers = (most_few, self._num_rows, num_clusters, self._cluster_size, expanding)
+        numbers = (most_few, self._sum_chunks(), self._num_rows, num_clusters, self._cluster_size, expanding)
         args = (*tables, num_segments, seg_indptr, seg_adapter, *numbers)
         self._prepare(len(self._launches), _THREADS, args, 0, stream)
 
@@ -211,6 +213,11 @@ class Lora:
         self._silu_mul(self._grid, _THREADS, args, 2 * _EXPAND_BYTES, programmatic=True)
         return out
 
+    def _sum_chunks(self) -> int:
+        if self._cluster is None:
+            return _SUM_CHUNKS
+        return next((chunks for most, chunks in _PART_ROWS if self._num_rows <= most), _SUM_CHUNKS)
+
     def check_ranks(self, modules: Tensor) -> None:
         """Refuse a descriptor [layers * 7, 12] (on the host) whose ranks have no room."""
         rank = int(modules.view(-1, MODULE_WORDS)[:, 0].max())
@@ -236,6 +243,11 @@ def _group(dims: tuple[tuple[int, int], ...], modules: tuple[int, ...]) -> _Grou
     assert modules[-1] < NUM_MODULES
     outs = [dims[module][1] for module in modules]
     return _Group(dims[modules[0]][0], modules[0], len(modules), (ctypes.c_int * 3)(*outs), sum(outs))
+
+
+def _sum_rows(max_rows: int) -> int:
+    """Rows whose sums take the most room, counted as rows of the fewest sums."""
+    return max(max_rows, *(min(max_rows, most) * _SUM_CHUNKS // chunks for most, chunks in _PART_ROWS))
 
 
 def _sums_stride(in_size: int, max_ranks: int) -> int:
