@@ -179,6 +179,7 @@ class Core:
         max_adapters: int,
         max_context: int,
         eos_token_ids: Sequence[int],
+        queue: str = "fcfs",
         prefetch: bool = True,
         eviction: str = "cost",
         max_copy_pages: int | None = None,

@@ -46,13 +46,14 @@ def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
 
 def test_what_is_shown_is_a_file_that_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["m", "--adapter", "a=b", "c=d", "--no-prefetch", "--max-model-len", "9", "--pool-bytes", "8GiB"]
-    arguments += ["--served-model-name", "x", "y", "--step-timeout", "2.5"]
+    arguments += ["--served-model-name", "x", "y", "--step-timeout", "2.5", "--queue", "fair"]
     assert main(["serve", *arguments, "--show-config"]) == 0
     file = tmp_path / "serve.yaml"
     file.write_text(capsys.readouterr().out)
     first, second = in_force(capsys, *arguments), in_force(capsys, "--config", str(file))
     assert {name: value for name, (value, _) in first.items()} == {name: value for name, (value, _) in second.items()}
     assert first["pool_bytes"] == (str(8 << 30), "--pool-bytes")
+    assert first["queue"] == ('"fair"', "--queue")
     assert json.loads(first["adapter"][0])[1] == {"name": "c", "path": "d", "pinned": False}
 
 

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
-use slora_core::RequestId;
+use slora_core::{Account, RequestId};
 use slora_runtime::{Delta, End, Output, Runtime, Submission, Wake};
 
 use crate::admission::Reservation;
@@ -100,6 +100,7 @@ impl Generation {
                 let output = runtime.submit(Submission {
                     prompt: prompt.clone(),
                     adapter: adapter.clone(),
+                    account: Account::default(),
                     params: sampling.params.clone(),
                     max_tokens: sampling.max_tokens,
                     seed: sampling.seed.map(|seed| seed.wrapping_add(u64::from(copy))),
