@@ -218,6 +218,18 @@ def test_a_mistake_is_found_before_the_base_is_loaded(arguments: list[str], caps
     assert "ConfigError" in capsys.readouterr().err
 
 
+def test_weights_of_keys_need_a_fair_queue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"keys": [{"sha256": "0" * 64, "tenant": "a", "weight": 2}]}))
+    arguments = ["serve", "/no/such/base", "--api-keys-file", str(file)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "keys[0]: weight is 2" in error
+    assert "hint: start the server with --queue fair" in error
+    assert main([*arguments, "--queue", "fair"]) == 1
+    assert "/no/such/base" in capsys.readouterr().err
+
+
 def test_yaml_is_imported_for_a_file_only() -> None:
     script = "import sys; from slora.config import Config; Config({}, {}); assert 'yaml' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
