@@ -8,7 +8,7 @@ use crate::event::{EndEvent, EndReason, Events};
 use crate::lru::Lru;
 use crate::pages::{Owner, PagePool};
 use crate::plan::PlanLayout;
-use crate::queue::{Queue, Rank};
+use crate::queue::{Queue, Turn};
 use crate::registry::Registry;
 use crate::request::{NewRequest, Phase, Request, RequestId, SubmitError};
 use crate::stats::Stats;
@@ -45,7 +45,7 @@ pub struct Engine {
     /// Adapters with a whole image in the host tier, least recently used first.
     pub(crate) host_lru: Lru,
     /// Adapters that a waiting request wants loaded, by the first such request.
-    pub(crate) load_order: BTreeMap<Rank, u32>,
+    pub(crate) load_order: BTreeMap<Turn, u32>,
     /// Adapters to load although nobody waits, by the order of the wishes: replacements and pinned ones.
     pub(crate) wanted: BTreeMap<u64, u32>,
     /// Pinned adapters in the host tier that should be on the device.
@@ -294,7 +294,7 @@ impl Engine {
             None => self.queue.push(&ticket, place, true),
             Some(index) => {
                 let adapter = self.registry.get_mut(index);
-                adapter.waiting.insert(ticket.rank, place);
+                adapter.waiting.insert(ticket.turn, place);
                 self.queue.push(&ticket, place, adapter.is_ready);
                 self.refresh(index);
             }
@@ -307,7 +307,7 @@ impl Engine {
         let (ticket, adapter) = (request.ticket, request.adapter);
         self.queue.remove(&ticket);
         if let Some(index) = adapter {
-            self.registry.get_mut(index).waiting.remove(&ticket.rank);
+            self.registry.get_mut(index).waiting.remove(&ticket.turn);
             self.refresh(index);
         }
     }

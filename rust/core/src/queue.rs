@@ -16,14 +16,14 @@ const OUTPUT_COST: u64 = 2;
 /// In which order things are fetched for requests: by priority, then by what their accounts will have been given by then,
 /// then by arrival. Fixed when the request arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Rank {
+pub(crate) struct Turn {
     priority: Reverse<i32>,
     tag: u128,
     /// Order of arrival; unique for ever.
     pub seq: u64,
 }
 
-impl Rank {
+impl Turn {
     /// Behind every request's.
     pub const LAST: Self = Self { priority: Reverse(i32::MIN), tag: u128::MAX, seq: u64::MAX };
 }
@@ -31,7 +31,7 @@ impl Rank {
 /// A request's place in the queue's order, which it keeps when it is preempted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ticket {
-    pub rank: Rank,
+    pub turn: Turn,
     line: u32,
     /// What a prompt token costs; 0: nobody counts.
     token_cost: u64,
@@ -44,7 +44,7 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     pub fn priority(&self) -> i32 {
-        self.rank.priority.0
+        self.turn.priority.0
     }
 }
 
@@ -94,8 +94,8 @@ impl Queue {
         let most = prompt_cost + token_cost * OUTPUT_COST * u64::from(max_tokens);
         let priority = Reverse(account.priority);
         let (line, tag) = self.classes.entry(priority).or_default().enter(holder, most);
-        let rank = Rank { priority, tag, seq };
-        Ticket { rank, line, token_cost, prompt_cost, most, was_admitted: false }
+        let turn = Turn { priority, tag, seq };
+        Ticket { turn, line, token_cost, prompt_cost, most, was_admitted: false }
     }
 
     /// A request ends, and does not wait any more.
@@ -106,7 +106,7 @@ impl Queue {
         }
         if class.leave(ticket.line) {
             // Nobody is left to whom anything would be owed.
-            self.classes.remove(&ticket.rank.priority);
+            self.classes.remove(&ticket.turn.priority);
         }
     }
 
@@ -129,7 +129,7 @@ impl Queue {
             return;
         }
         self.num_ready += 1;
-        let (is_resumed, seq) = (self.is_resumed(ticket), ticket.rank.seq);
+        let (is_resumed, seq) = (self.is_resumed(ticket), ticket.turn.seq);
         let class = self.class(ticket);
         if is_resumed {
             class.insert_resumed(seq, place);
@@ -139,7 +139,7 @@ impl Queue {
     }
 
     fn remove_ready(&mut self, ticket: &Ticket) -> bool {
-        let (is_resumed, seq) = (self.is_resumed(ticket), ticket.rank.seq);
+        let (is_resumed, seq) = (self.is_resumed(ticket), ticket.turn.seq);
         let class = self.class(ticket);
         if is_resumed { class.remove_resumed(seq) } else { class.remove(ticket.line, seq) }
     }
@@ -167,7 +167,7 @@ impl Queue {
     }
 
     fn class(&mut self, ticket: &Ticket) -> &mut Class {
-        match self.classes.get_mut(&ticket.rank.priority) {
+        match self.classes.get_mut(&ticket.turn.priority) {
             Some(class) => class,
             None => unreachable!("an unfinished request's priority has its class"),
         }
@@ -259,7 +259,7 @@ mod tests {
         let tickets = submit(&mut queue, &accounts);
         queue.generated(&tickets[0]);
         assert_eq!(order(&mut queue), [0, 1, 2, 3]);
-        assert!(tickets.iter().is_sorted_by_key(|ticket| ticket.rank));
+        assert!(tickets.iter().is_sorted_by_key(|ticket| ticket.turn));
     }
 
     #[test]
@@ -296,8 +296,8 @@ mod tests {
         accounts.push(account("light", 1.0, 0));
         accounts.push(account("urgent", 1.0, 1));
         let tickets = submit(&mut queue, &accounts);
-        let mut by_rank: Vec<usize> = (0..102).collect();
-        by_rank.sort_unstable_by_key(|i| tickets[*i].rank);
-        assert_eq!(by_rank[..4], [101, 0, 100, 1]);
+        let mut by_turn: Vec<usize> = (0..102).collect();
+        by_turn.sort_unstable_by_key(|i| tickets[*i].turn);
+        assert_eq!(by_turn[..4], [101, 0, 100, 1]);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::adapter::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, LoadFailure};
-use crate::queue::Rank;
+use crate::queue::Turn;
 
 /// An image in the host tier.
 #[derive(Debug, Default)]
@@ -54,11 +54,11 @@ pub(crate) struct Adapter {
     /// Unfinished requests bound to it.
     pub unfinished: u32,
     /// Those of them that wait, in the queue's order.
-    pub waiting: BTreeMap<Rank, u32>,
+    pub waiting: BTreeMap<Turn, u32>,
     /// Whether `waiting` is in the ready queue.
     pub is_ready: bool,
     /// Its entry in the order of loads.
-    pub load_key: Option<Rank>,
+    pub load_key: Option<Turn>,
     /// Its entry in the operator's wishes.
     pub wish_key: Option<u64>,
     /// It will be what its name means once it is loaded.
@@ -106,7 +106,7 @@ impl Adapter {
     }
 
     /// The first request that waits for a load that was not ordered yet.
-    pub fn wants_load(&self) -> Option<Rank> {
+    pub fn wants_load(&self) -> Option<Turn> {
         self.waiting.keys().next().copied().filter(|_| self.can_load())
     }
 
@@ -121,8 +121,8 @@ impl Adapter {
     }
 
     /// The first request that wants it; the operator's wish counts as behind all of them.
-    pub fn wanted_by(&self) -> Option<Rank> {
-        self.waiting.keys().next().copied().or(self.is_pinned.then_some(Rank::LAST))
+    pub fn wanted_by(&self) -> Option<Turn> {
+        self.waiting.keys().next().copied().or(self.is_pinned.then_some(Turn::LAST))
     }
 
     /// A retired version without a host image could not be loaded again if its files have changed.

@@ -169,7 +169,7 @@ impl Request {
 
     /// Order of arrival; unique for ever, so it also tells a slab entry's occupants apart.
     pub fn seq(&self) -> u64 {
-        self.ticket.rank.seq
+        self.ticket.turn.seq
     }
 
     /// Tokens known or on their way.

@@ -5,7 +5,7 @@ use crate::admit::CopyRoom;
 use crate::engine::Engine;
 use crate::pages::Owner;
 use crate::plan::{Counts, PlanArrays};
-use crate::queue::Rank;
+use crate::queue::Turn;
 use crate::reclaim::Mercy;
 use crate::registry::HostImage;
 
@@ -171,23 +171,23 @@ impl Engine {
     fn order_loads(&mut self) {
         let mut has_room_for_wishes = true;
         while self.num_loading < self.config.max_loads {
-            let request = self.load_order.first_key_value().map(|(rank, index)| (*rank, *index));
+            let request = self.load_order.first_key_value().map(|(turn, index)| (*turn, *index));
             let wish = self.wanted.first_key_value().map(|(seq, index)| (*seq, *index));
             match (request, wish.filter(|_| has_room_for_wishes)) {
-                (Some((rank, index)), wish) if wish.is_none_or(|wish| rank.seq < wish.0) => {
-                    if !self.order_load(index, rank) {
+                (Some((turn, index)), wish) if wish.is_none_or(|wish| turn.seq < wish.0) => {
+                    if !self.order_load(index, turn) {
                         return;
                     }
                 }
-                (_, Some((_, index))) => has_room_for_wishes = self.order_load(index, Rank::LAST),
+                (_, Some((_, index))) => has_room_for_wishes = self.order_load(index, Turn::LAST),
                 (_, None) => return,
             }
         }
     }
 
-    fn order_load(&mut self, index: u32, rank: Rank) -> bool {
+    fn order_load(&mut self, index: u32, turn: Turn) -> bool {
         let num_pages = self.registry.get(index).spec.num_pages;
-        let Some(pages) = self.allocate_host(num_pages, rank) else { return false };
+        let Some(pages) = self.allocate_host(num_pages, turn) else { return false };
         self.registry.get_mut(index).host = HostImage::Loading(pages.clone());
         self.loads.push_back(Load { adapter: self.registry.id(index), pages });
         self.num_loading += 1;
