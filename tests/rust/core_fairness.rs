@@ -278,6 +278,31 @@ fn an_adapter_is_loaded_for_a_light_account_before_those_of_a_long_queue() {
 }
 
 #[test]
+fn a_long_queue_has_its_share_of_the_loads() {
+    let accounts = ["heavy", "a", "b", "c"].map(|name| tenant(name, 1.0, 0));
+    let mut load = Load::new(config(QueueOrder::Fair), &accounts);
+    let mut num_adapters = 0;
+    let mut submit_cold = |load: &mut Load, account| {
+        let name = format!("cold-{num_adapters}");
+        num_adapters += 1;
+        load.register(&name, 1);
+        load.submit(account, Some(&name), 4, 1);
+    };
+    (0..100).for_each(|_| submit_cold(&mut load, 0));
+    let mut num_served = [0; 4];
+    while load.admitted.len() < 120 {
+        for account in 1..4 {
+            if load.waiting[account] == 0 {
+                submit_cold(&mut load, account);
+            }
+        }
+        load.step();
+    }
+    load.admitted.iter().for_each(|id| num_served[load.clients[id].account] += 1);
+    assert!(num_served[0] >= 24 && num_served[1..].iter().all(|n| *n >= 24), "{num_served:?}");
+}
+
+#[test]
 fn with_fewer_rows_than_adapters_everybody_has_a_turn() {
     for queue in [QueueOrder::Fcfs, QueueOrder::Fair] {
         let mut load = Load::new(EngineConfig { max_adapters: 1, ..config(queue) }, &[Account::default()]);

@@ -145,7 +145,10 @@ impl Engine {
         let adapter = name.as_ref().map(|name| self.find_runnable(name)).transpose()?;
         let prompt_len = prompt.len() as u32;
         self.check_room(prompt_len + params.max_tokens, adapter)?;
-        let ticket = self.queue.enter(&account, name.as_ref(), self.next_seq, prompt_len, params.max_tokens);
+        let mut ticket = self.queue.enter(&account, name.as_ref(), self.next_seq, prompt_len);
+        if let Some(adapter) = adapter.map(|index| self.registry.get(index)).filter(|adapter| adapter.can_load()) {
+            self.queue.ask_load(&mut ticket, adapter.wants_load());
+        }
         self.next_seq += 1;
         let place = self.place(Request::new(id, ticket, adapter, prompt, params));
         self.by_id.insert(id, place);

@@ -4,8 +4,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 
+use crate::load_shares::LoadShares;
+
 /// Whose requests stand in one line.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Holder {
     /// First come, first served: nobody is told apart.
     Everyone,
@@ -25,10 +27,6 @@ struct Line {
     /// The key under which `active` has the line while it has ready requests: the counter of some time ago.
     listed: u128,
     unfinished: u32,
-    /// Of these, requests that were never admitted, and what they may cost at most.
-    new: u32,
-    new_cost: u128,
-    last_tag: u128,
     /// The last walk that came by.
     walk: u64,
 }
@@ -53,6 +51,7 @@ pub(crate) struct Class {
     /// Requests that were preempted: already paid for, they go before all others.
     resumed: BTreeMap<u64, u32>,
     unfinished: u32,
+    pub loads: LoadShares,
 }
 
 /// A look at the ready requests in the order in which they would be admitted, each counted as if it were. So an account
@@ -77,22 +76,16 @@ impl Walk {
 }
 
 impl Class {
-    /// A request arrives that costs `cost` to admit and at most `most` altogether. Returns its line, and its tag: what the
-    /// counter is about to be when its turn comes.
-    pub fn enter(&mut self, holder: Holder, most: u64) -> (u32, u128) {
-        let floor = self.floor();
+    /// A request arrives. Returns its line.
+    pub fn enter(&mut self, holder: Holder) -> u32 {
         let index = self.find_or_insert(holder);
         let line = &mut self.lines[index as usize];
         if line.unfinished == 0 {
             self.ahead.remove(&(line.counter, index));
         }
-        let tag = line.counter.max(floor) + line.new_cost;
-        line.last_tag = if line.new == 0 { tag } else { tag.max(line.last_tag) };
-        line.new += 1;
-        line.new_cost += u128::from(most);
         line.unfinished += 1;
         self.unfinished += 1;
-        (index, line.last_tag)
+        index
     }
 
     fn find_or_insert(&mut self, holder: Holder) -> u32 {
@@ -100,8 +93,8 @@ impl Class {
             return *index;
         }
         let (ready, counter, listed) = Default::default();
-        let (unfinished, new, new_cost, last_tag, walk) = Default::default();
-        let line = Line { holder: holder.clone(), counter, ready, listed, unfinished, new, new_cost, last_tag, walk };
+        let (unfinished, walk) = Default::default();
+        let line = Line { holder: holder.clone(), counter, ready, listed, unfinished, walk };
         let index = self.vacant.pop().unwrap_or(self.lines.len() as u32);
         match self.lines.get_mut(index as usize) {
             Some(vacant) => *vacant = line,
@@ -111,11 +104,14 @@ impl Class {
         index
     }
 
-    /// A request is no longer new: it was admitted, or has ended.
-    pub fn settle(&mut self, index: u32, most: u64) {
-        let line = &mut self.lines[index as usize];
-        line.new -= 1;
-        line.new_cost -= u128::from(most);
+    /// The account needs a load from disk. Returns the load's tag, which counts if it `pays` for it.
+    pub fn ask_load(&mut self, index: u32, cost: u64, pays: impl FnOnce(u128) -> bool) -> u128 {
+        let holder = &self.lines[index as usize].holder;
+        let tag = self.loads.tag(holder);
+        if pays(tag) {
+            self.loads.charge(holder, cost);
+        }
+        tag
     }
 
     /// A request has ended, and stands nowhere. Whether it was the last of all.
@@ -244,12 +240,12 @@ impl Class {
         assert_eq!(active.collect::<BTreeSet<_>>(), self.active, "a line is active exactly if it has ready requests");
         let ahead = lines().filter(|(_, line)| line.unfinished == 0).map(|(index, line)| (line.counter, index));
         assert_eq!(ahead.collect::<BTreeSet<_>>(), self.ahead, "a line without requests is forgotten, or ahead");
+        self.loads.check();
         assert_eq!(lines().map(|(_, line)| line.unfinished).sum::<u32>(), self.unfinished, "every request has a line");
         assert_eq!(lines().count(), self.by_holder.len(), "a line has one holder");
         for (index, line) in lines() {
             assert_eq!(self.by_holder.get(&line.holder), Some(&index), "a holder has one line");
             assert!(line.listed <= line.counter || line.ready.is_empty(), "counters only grow");
-            assert!(line.new <= line.unfinished && (line.new > 0 || line.new_cost == 0), "new requests are counted");
         }
     }
 }
@@ -257,8 +253,6 @@ impl Class {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const MOST: u64 = 100;
 
     /// A class whose requests are told apart by their place, which is also the order of their arrival.
     #[derive(Default)]
@@ -270,7 +264,7 @@ mod tests {
 
     impl Scene {
         fn submit(&mut self, tenant: &str, cost: u64) -> (u32, u32) {
-            let (line, _) = self.class.enter(Holder::Tenant(tenant.into()), MOST);
+            let line = self.class.enter(Holder::Tenant(tenant.into()));
             let place = self.next_place;
             self.next_place += 1;
             self.class.insert(line, place.into(), place, cost);
@@ -291,7 +285,6 @@ mod tests {
         /// It is admitted, and ends when it is told to leave.
         fn admit(&mut self, (line, place): (u32, u32), cost: u64) {
             assert!(self.class.remove(line, place.into()));
-            self.class.settle(line, MOST);
             self.class.charge(line, cost);
             self.class.check();
         }
@@ -353,7 +346,8 @@ mod tests {
         scene.leave(again.0);
         let more = scene.submit("waits", 50);
         scene.admit(waits, 1_200);
-        assert_eq!(scene.submit("waits", 1).0, more.0);
+        assert_eq!((scene.submit("waits", 1).0, more.0), (waits.0, waits.0));
+        scene.submit("new", 1);
         assert!(scene.class.ahead.is_empty(), "it is once the others have caught up");
         let again = scene.submit("ahead", 1);
         assert_eq!(scene.counter(again.0), 1_200);
@@ -386,14 +380,6 @@ mod tests {
         assert_eq!(scene.order(), [a.1, b.1]);
         assert!(scene.class.remove_resumed(a.1.into()) && !scene.class.remove_resumed(a.1.into()));
         assert_eq!(scene.order(), [b.1]);
-    }
-
-    #[test]
-    fn tags_are_far_apart_within_an_account_and_begin_at_the_mark() {
-        let mut class = Class::default();
-        let enter = |class: &mut Class, tenant: &str| class.enter(Holder::Tenant(tenant.into()), MOST).1;
-        assert_eq!([(); 3].map(|()| enter(&mut class, "a")), [0, 100, 200]);
-        assert_eq!([(); 2].map(|()| enter(&mut class, "b")), [0, 100]);
     }
 
     #[test]

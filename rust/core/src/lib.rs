@@ -16,6 +16,7 @@ mod config;
 mod engine;
 mod event;
 mod fair;
+mod load_shares;
 mod lru;
 mod pages;
 mod plan;

@@ -13,8 +13,8 @@ const UNITS: f64 = (1u64 << 20) as f64;
 /// whole context, where a prompt's tokens share one.
 const OUTPUT_COST: u64 = 2;
 
-/// In which order things are fetched for requests: by priority, then by what their accounts will have been given by then,
-/// then by arrival. Fixed when the request arrives.
+/// In which order adapters are loaded for requests, and kept in the host tier: by priority, then so that accounts share the
+/// loads, then by arrival. Fixed when the request arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Turn {
     priority: Reverse<i32>,
@@ -37,8 +37,6 @@ pub(crate) struct Ticket {
     token_cost: u64,
     /// What the prompt costs.
     prompt_cost: u64,
-    /// What prompt and output cost at most.
-    most: u64,
     was_admitted: bool,
 }
 
@@ -78,33 +76,42 @@ impl Queue {
     }
 
     /// A request arrives; it waits once it is pushed.
-    pub fn enter(
-        &mut self,
-        account: &Account,
-        adapter: Option<&Arc<str>>,
-        seq: u64,
-        prompt_len: u32,
-        max_tokens: u32,
-    ) -> Ticket {
+    pub fn enter(&mut self, account: &Account, adapter: Option<&Arc<str>>, seq: u64, prompt_len: u32) -> Ticket {
         let (holder, token_cost) = match self.order {
             QueueOrder::Fcfs => (Holder::Everyone, 0),
             QueueOrder::Fair => (holder(account, adapter), (UNITS / account.weight) as u64),
         };
         let prompt_cost = token_cost * u64::from(prompt_len);
-        let most = prompt_cost + token_cost * OUTPUT_COST * u64::from(max_tokens);
         let priority = Reverse(account.priority);
-        let (line, tag) = self.classes.entry(priority).or_default().enter(holder, most);
-        let turn = Turn { priority, tag, seq };
-        Ticket { turn, line, token_cost, prompt_cost, most, was_admitted: false }
+        let class = self.classes.entry(priority).or_default();
+        let line = class.enter(holder);
+        let turn = Turn { priority, tag: class.loads.time(), seq };
+        Ticket { turn, line, token_cost, prompt_cost, was_admitted: false }
+    }
+
+    /// The request that arrives needs a load from disk; `first`: the turn of the first who waits for the same one. Whoever
+    /// is before all others pays for the load, of which each costs as much as a token.
+    pub fn ask_load(&mut self, ticket: &mut Ticket, first: Option<Turn>) {
+        let turn = ticket.turn;
+        let pays = |tag| first.is_none_or(|first| Turn { tag, ..turn } < first);
+        ticket.turn.tag = self.class(ticket).ask_load(ticket.line, ticket.token_cost, pays);
+    }
+
+    /// A load was ordered in this turn.
+    pub fn load_ordered(&mut self, turn: Turn) {
+        if let Some(class) = self.classes.get_mut(&turn.priority) {
+            class.loads.ordered(turn.tag);
+        }
+    }
+
+    /// Nobody waits for a load to be ordered.
+    pub fn all_loads_ordered(&mut self) {
+        self.classes.values_mut().for_each(|class| class.loads.settle());
     }
 
     /// A request ends, and does not wait any more.
     pub fn leave(&mut self, ticket: &Ticket) {
-        let class = self.class(ticket);
-        if !ticket.was_admitted {
-            class.settle(ticket.line, ticket.most);
-        }
-        if class.leave(ticket.line) {
+        if self.class(ticket).leave(ticket.line) {
             // Nobody is left to whom anything would be owed.
             self.classes.remove(&ticket.turn.priority);
         }
@@ -152,9 +159,7 @@ impl Queue {
     /// A request starts to run. What it costs to compute a preempted one again is not its account's fault.
     pub fn admitted(&mut self, ticket: &mut Ticket) {
         if !std::mem::replace(&mut ticket.was_admitted, true) {
-            let class = self.class(ticket);
-            class.settle(ticket.line, ticket.most);
-            class.charge(ticket.line, ticket.prompt_cost);
+            self.class(ticket).charge(ticket.line, ticket.prompt_cost);
         }
     }
 
@@ -226,7 +231,7 @@ mod tests {
     /// Submits requests of 10 prompt tokens, ready at once; their places count up.
     fn submit(queue: &mut Queue, accounts: &[Account]) -> Vec<Ticket> {
         let submit = |(i, account): (usize, &Account)| {
-            let ticket = queue.enter(account, None, i as u64, 10, 10);
+            let ticket = queue.enter(account, None, i as u64, 10);
             queue.push(&ticket, i as u32, true);
             ticket
         };
@@ -290,14 +295,33 @@ mod tests {
     }
 
     #[test]
-    fn things_are_fetched_for_light_accounts_before_a_long_queue() {
+    fn adapters_are_loaded_for_light_accounts_before_a_long_queue() {
         let mut queue = Queue::new(QueueOrder::Fair);
         let mut accounts = vec![account("heavy", 1.0, 0); 100];
         accounts.push(account("light", 1.0, 0));
         accounts.push(account("urgent", 1.0, 1));
-        let tickets = submit(&mut queue, &accounts);
+        let mut tickets = submit(&mut queue, &accounts);
+        tickets.iter_mut().for_each(|ticket| queue.ask_load(ticket, None));
         let mut by_turn: Vec<usize> = (0..102).collect();
         by_turn.sort_unstable_by_key(|i| tickets[*i].turn);
         assert_eq!(by_turn[..4], [101, 0, 100, 1]);
+    }
+
+    #[test]
+    fn whoever_waits_for_anothers_load_does_not_pay_for_it() {
+        let mut queue = Queue::new(QueueOrder::Fair);
+        let mut tickets = submit(&mut queue, &["a", "a", "b", "a"].map(|tenant| account(tenant, 1.0, 0)));
+        queue.ask_load(&mut tickets[0], None);
+        queue.ask_load(&mut tickets[1], None);
+        // The same load as the second: it is before it, and pays. The last comes behind that, for nothing.
+        let first = tickets[1].turn;
+        queue.ask_load(&mut tickets[2], Some(first));
+        let first = tickets[2].turn;
+        queue.ask_load(&mut tickets[3], Some(first));
+        let tags: Vec<u128> = tickets.iter().map(|ticket| ticket.turn.tag / UNITS as u128).collect();
+        assert_eq!(tags, [0, 1, 0, 2]);
+        let mut more = submit(&mut queue, &["a", "b"].map(|tenant| account(tenant, 1.0, 0)));
+        more.iter_mut().for_each(|ticket| queue.ask_load(ticket, None));
+        assert_eq!(more.iter().map(|ticket| ticket.turn.tag / UNITS as u128).collect::<Vec<_>>(), [2, 1]);
     }
 }

@@ -101,7 +101,7 @@ impl Adapter {
     }
 
     /// Whether it could be loaded, and nothing was ordered yet.
-    fn can_load(&self) -> bool {
+    pub fn can_load(&self) -> bool {
         matches!(self.host, HostImage::None) && !self.is_resident() && self.failure.is_none()
     }
 

@@ -169,6 +169,9 @@ impl Engine {
 
     /// Orders loads from disk, in the queue's order; the operator's wishes when they are older than the request that is next.
     fn order_loads(&mut self) {
+        if self.load_order.is_empty() {
+            self.queue.all_loads_ordered();
+        }
         let mut has_room_for_wishes = true;
         while self.num_loading < self.config.max_loads {
             let request = self.load_order.first_key_value().map(|(turn, index)| (*turn, *index));
@@ -188,6 +191,7 @@ impl Engine {
     fn order_load(&mut self, index: u32, turn: Turn) -> bool {
         let num_pages = self.registry.get(index).spec.num_pages;
         let Some(pages) = self.allocate_host(num_pages, turn) else { return false };
+        self.queue.load_ordered(turn);
         self.registry.get_mut(index).host = HostImage::Loading(pages.clone());
         self.loads.push_back(Load { adapter: self.registry.id(index), pages });
         self.num_loading += 1;
