@@ -80,6 +80,13 @@ impl Load {
         }
     }
 
+    fn add_account(&mut self, account: Account) {
+        self.accounts.push(account);
+        self.service.push(0.0);
+        self.tokens.push(0);
+        self.waiting.push(0);
+    }
+
     fn register(&mut self, name: &str, num_pages: u32) {
         let page_layers = (0..num_pages as u16).collect();
         let spec = AdapterSpec { num_pages, bytes: 1, words: Arc::new([0]), page_layers };
@@ -300,6 +307,42 @@ fn a_long_queue_has_its_share_of_the_loads() {
     }
     load.admitted.iter().for_each(|id| num_served[load.clients[id].account] += 1);
     assert!(num_served[0] >= 24 && num_served[1..].iter().all(|n| *n >= 24), "{num_served:?}");
+}
+
+#[test]
+fn a_long_queue_is_not_passed_over_for_ever_by_ever_new_accounts() {
+    let mut load = Load::new(config(QueueOrder::Fair), &[tenant("heavy", 1.0, 0)]);
+    for i in 0..40 {
+        load.register(&format!("heavy-{i}"), 1);
+        load.submit(0, Some(&format!("heavy-{i}")), 4, 1);
+    }
+    for i in 1..60 {
+        load.add_account(tenant(&format!("new-{i}"), 1.0, 0));
+        load.register(&format!("new-{i}"), 1);
+        load.submit(i, Some(&format!("new-{i}")), 4, 1);
+        load.step();
+    }
+    let num_heavy = load.admitted.iter().filter(|id| load.clients[id].account == 0).count();
+    // A new account a step is as much as can be loaded, so ever more of them wait, each of whom has a share too.
+    assert!((8..30).contains(&num_heavy), "{num_heavy} of {}", load.admitted.len());
+}
+
+#[test]
+fn loads_that_were_asked_for_and_cancelled_do_not_count() {
+    let mut load = Load::new(config(QueueOrder::Fair), &[tenant("a", 1.0, 0), tenant("b", 1.0, 0)]);
+    (0..8).for_each(|i| load.register(&format!("cold-{i}"), 1));
+    // Somebody is always there.
+    load.submit(1, None, 4, 60);
+    let asked: Vec<RequestId> = (0..6).map(|i| load.submit(0, Some(&format!("cold-{i}")), 4, 1)).collect();
+    load.step();
+    for id in asked {
+        assert!(load.engine.cancel(id));
+    }
+    load.step();
+    load.submit(0, Some("cold-6"), 4, 1);
+    let other = load.submit(1, Some("cold-7"), 4, 1);
+    load.run_until(|load| load.admitted.contains(&other));
+    assert_eq!(load.admitted.len(), 3, "the other account came later");
 }
 
 #[test]

@@ -107,9 +107,9 @@ impl Class {
     /// The account needs a load from disk. Returns the load's tag, which counts if it `pays` for it.
     pub fn ask_load(&mut self, index: u32, cost: u64, pays: impl FnOnce(u128) -> bool) -> u128 {
         let holder = &self.lines[index as usize].holder;
-        let tag = self.loads.tag(holder);
+        let tag = self.loads.tag(holder, cost);
         if pays(tag) {
-            self.loads.charge(holder, cost);
+            self.loads.ask(holder, tag);
         }
         tag
     }

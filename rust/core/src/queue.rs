@@ -295,6 +295,23 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_is_paid_for_once_however_often_it_is_computed() {
+        let mut queue = Queue::new(QueueOrder::Fair);
+        let mut tickets = submit(&mut queue, &["a", "b", "a", "b"].map(|tenant| account(tenant, 1.0, 0)));
+        for ticket in &mut tickets[..2] {
+            queue.remove(ticket);
+            queue.admitted(ticket);
+        }
+        queue.generated(&tickets[1]);
+        queue.push(&tickets[0], 0, true);
+        assert_eq!(order(&mut queue), [0, 2, 3], "it goes before everybody");
+        queue.remove(&tickets[0]);
+        queue.admitted(&mut tickets[0]);
+        assert_eq!(order(&mut queue), [2, 3]);
+        queue.check(4);
+    }
+
+    #[test]
     fn adapters_are_loaded_for_light_accounts_before_a_long_queue() {
         let mut queue = Queue::new(QueueOrder::Fair);
         let mut accounts = vec![account("heavy", 1.0, 0); 100];
@@ -319,9 +336,9 @@ mod tests {
         let first = tickets[2].turn;
         queue.ask_load(&mut tickets[3], Some(first));
         let tags: Vec<u128> = tickets.iter().map(|ticket| ticket.turn.tag / UNITS as u128).collect();
-        assert_eq!(tags, [0, 1, 0, 2]);
+        assert_eq!(tags, [1, 2, 1, 3]);
         let mut more = submit(&mut queue, &["a", "b"].map(|tenant| account(tenant, 1.0, 0)));
         more.iter_mut().for_each(|ticket| queue.ask_load(ticket, None));
-        assert_eq!(more.iter().map(|ticket| ticket.turn.tag / UNITS as u128).collect::<Vec<_>>(), [2, 1]);
+        assert_eq!(more.iter().map(|ticket| ticket.turn.tag / UNITS as u128).collect::<Vec<_>>(), [3, 2]);
     }
 }
