@@ -33,9 +33,10 @@ struct Line {
 
 /// All requests of one priority.
 ///
-/// An account's counter grows with what is spent on it. Whoever has the least counter is served next: so the counters of
-/// accounts that always have ready requests stay within what one admission may add. An account that comes back is lifted to
-/// the least of theirs: having been away saves up nothing. What it was served ahead of them stays counted while it is away.
+/// An account's counter grows with what is spent on it, and whoever has the least counter is next. So the counters of accounts
+/// that always have ready requests differ by no more than one prompt and what the running requests may still generate. An
+/// account that comes back is lifted to the least of theirs: having been away saves up nothing. What it was served ahead of
+/// them stays counted while it is away.
 #[derive(Debug, Default)]
 pub(crate) struct Class {
     lines: Vec<Line>,
@@ -58,7 +59,7 @@ pub(crate) struct Class {
 /// whose requests cannot be admitted yet keeps its turn and does not fill the view.
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
-    pub id: u64,
+    id: u64,
     next_resumed: u64,
     position: (u128, u32),
     /// Lines come to: counter, next request, line.
@@ -92,8 +93,7 @@ impl Class {
         if let Some(index) = self.by_holder.get(&holder) {
             return *index;
         }
-        let (ready, counter, listed) = Default::default();
-        let (unfinished, walk) = Default::default();
+        let (counter, ready, listed, unfinished, walk) = Default::default();
         let line = Line { holder: holder.clone(), counter, ready, listed, unfinished, walk };
         let index = self.vacant.pop().unwrap_or(self.lines.len() as u32);
         match self.lines.get_mut(index as usize) {

@@ -167,7 +167,7 @@ impl Engine {
         true
     }
 
-    /// Orders loads from disk, in the queue's order; the operator's wishes when they are older than the request that is next.
+    /// Orders loads from disk, by the requests' turns; the operator's wishes when they are older than the request that is next.
     fn order_loads(&mut self) {
         if self.load_order.is_empty() {
             self.queue.all_loads_ordered();
