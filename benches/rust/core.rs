@@ -9,7 +9,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
-use slora_core::{AdapterSpec, Engine, EngineConfig, Events, NewRequest, Owner, PagePool, RequestId, SamplingParams};
+use slora_core::{
+    Account, AdapterSpec, Engine, EngineConfig, Events, NewRequest, Owner, PagePool, QueueOrder, RequestId,
+    SamplingParams,
+};
 
 const RUNNING: u32 = 256;
 const LIVE_ADAPTERS: u32 = 64;
@@ -23,7 +26,7 @@ fn max_tokens(context: u32) -> u32 {
     RUNNING * context / BATCH_TOKENS + STEPS + 64
 }
 
-fn config(context: u32, num_waiting: u32) -> EngineConfig {
+fn config(queue: QueueOrder, context: u32, num_waiting: u32) -> EngineConfig {
     let pages_each = (context + max_tokens(context)).div_ceil(16) + 1;
     EngineConfig {
         num_pages: RUNNING * pages_each + LIVE_ADAPTERS * 2,
@@ -40,6 +43,7 @@ fn config(context: u32, num_waiting: u32) -> EngineConfig {
         vocab_size: 128_256,
         eos_token_ids: vec![128_001, 128_009],
         max_loads: 8,
+        queue,
         ..EngineConfig::default()
     }
 }
@@ -54,8 +58,8 @@ struct World {
 }
 
 impl World {
-    fn new(context: u32, num_waiting: u32, num_adapters: u32) -> Self {
-        let engine = Engine::new(config(context, num_waiting)).unwrap();
+    fn new(queue: QueueOrder, context: u32, num_waiting: u32, num_adapters: u32) -> Self {
+        let engine = Engine::new(config(queue, context, num_waiting)).unwrap();
         let buffer = vec![0; engine.layout().num_words()];
         let mut world =
             Self { engine, buffer, sampled: vec![7; RUNNING as usize], events: Events::default(), next_id: 0 };
@@ -88,7 +92,18 @@ impl World {
         let params = SamplingParams { max_tokens, ignore_eos: true, ..SamplingParams::default() };
         let id = RequestId(self.next_id);
         self.next_id += 1;
-        self.engine.submit(0, NewRequest { id, adapter: Some(adapter), prompt, params: Arc::new(params) }).unwrap();
+        self.engine
+            .submit(
+                0,
+                NewRequest {
+                    id,
+                    adapter: Some(adapter),
+                    prompt,
+                    params: Arc::new(params),
+                    account: Account::default(),
+                },
+            )
+            .unwrap();
     }
 
     /// Until every running request decodes and nothing is loaded or copied.
@@ -156,32 +171,48 @@ fn steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("schedule and commit");
     group.sample_size(20).warm_up_time(Duration::from_millis(2)).measurement_time(Duration::from_millis(20));
     let cases = [
-        (1_024, 10_000, 2_000),
-        (8_192, 10_000, 2_000),
-        (32_768, 10_000, 2_000),
-        (1_024, 100, 100),
-        (1_024, 1_000_000, 2_000),
-        (1_024, 10_000, 1_000_000),
+        (QueueOrder::Fcfs, 1_024, 10_000, 2_000),
+        (QueueOrder::Fcfs, 8_192, 10_000, 2_000),
+        (QueueOrder::Fcfs, 32_768, 10_000, 2_000),
+        (QueueOrder::Fcfs, 1_024, 100, 100),
+        (QueueOrder::Fcfs, 1_024, 1_000_000, 2_000),
+        (QueueOrder::Fcfs, 1_024, 10_000, 1_000_000),
+        (QueueOrder::Fair, 1_024, 10_000, 2_000),
+        (QueueOrder::Fair, 1_024, 100, 100),
+        (QueueOrder::Fair, 1_024, 1_000_000, 2_000),
     ];
-    for (context, waiting, registered) in cases {
-        let id = BenchmarkId::from_parameter(format!("{context} tokens, {waiting} waiting, {registered} registered"));
+    for (queue, context, waiting, registered) in cases {
+        let order = if queue == QueueOrder::Fair { ", fair" } else { "" };
+        let name = format!("{context} tokens, {waiting} waiting, {registered} registered{order}");
+        let id = BenchmarkId::from_parameter(name);
         let mut timed = Timed(None, 0);
-        group.bench_function(id, |b| b.iter_custom(|n| timed.steps(n, || World::new(context, waiting, registered))));
+        group.bench_function(id, |b| {
+            b.iter_custom(|n| timed.steps(n, || World::new(queue, context, waiting, registered)))
+        });
     }
 }
 
 fn submit(c: &mut Criterion) {
-    let mut world = World::new(1_024, 10_000, 2_000);
+    for (queue, name) in
+        [(QueueOrder::Fcfs, "submit and cancel, 64 tokens"), (QueueOrder::Fair, "submit and cancel, 64 tokens, fair")]
+    {
+        submit_and_cancel(c, queue, name);
+    }
+}
+
+fn submit_and_cancel(c: &mut Criterion, queue: QueueOrder, name_of_bench: &str) {
+    let mut world = World::new(queue, 1_024, 10_000, 2_000);
     let params = Arc::new(SamplingParams::default());
     let names: Vec<_> = (0..2_000).map(name).collect();
     let mut next_id = 1 << 32;
     // The request is cancelled again at once, so that the queue keeps its length.
-    c.bench_function("submit and cancel, 64 tokens", |b| {
+    c.bench_function(name_of_bench, |b| {
         b.iter_batched(
             || {
                 next_id += 1;
                 let adapter = Some(names[next_id as usize % names.len()].clone());
-                NewRequest { id: RequestId(next_id), adapter, prompt: vec![5; 64], params: params.clone() }
+                let account = Account::default();
+                NewRequest { id: RequestId(next_id), adapter, prompt: vec![5; 64], params: params.clone(), account }
             },
             |new| {
                 let id = new.id;

@@ -179,6 +179,7 @@ class Core:
         max_adapters: int,
         max_context: int,
         eos_token_ids: Sequence[int],
+        queue: str = "fcfs",
         prefetch: bool = True,
         eviction: str = "cost",
         max_copy_pages: int | None = None,
@@ -260,8 +261,8 @@ class Server:
         """`config`: the server's configuration as JSON (docs/http.md). Raises ConfigError; else it listens."""
 
     @staticmethod
-    def check(config: str) -> None:
-        """What needs no engine to be found wrong. Raises ConfigError."""
+    def check(config: str, queue: str) -> None:
+        """What needs no engine to be found wrong; `queue`: the order that it will have. Raises ConfigError."""
 
     @staticmethod
     def default_config() -> str: ...

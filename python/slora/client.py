@@ -46,6 +46,7 @@ class Client:
         max_waiting: int = Options.max_waiting,
         max_adapters: int = Options.max_adapters,
         max_context: int | None = None,
+        queue: str = Options.queue,
         prefetch: bool = Options.prefetch,
         seed: int = Options.seed,
     ) -> None:
@@ -68,6 +69,7 @@ class Client:
             max_waiting=max_waiting,
             max_adapters=max_adapters,
             max_context=max_context,
+            queue=queue,
             prefetch=prefetch,
             seed=seed,
         )

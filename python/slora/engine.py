@@ -206,6 +206,7 @@ class Engine:
             max_adapters=options.max_adapters,
             max_context=longest,
             eos_token_ids=sorted(token for token in eos if token < config.vocab_size),
+            queue=options.queue,
             prefetch=options.prefetch,
             num_loaders=min(MAX_LOADERS, os.cpu_count() or 1),
             max_copy_pages=max(1, STEP_COPY_BYTES // pool.page_bytes) if self.device.type == "cuda" else None,

@@ -8,6 +8,7 @@ from slora.errors import ConfigError, LoadError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+QUEUES = ("fcfs", "fair")
 GIB = 1 << 30
 _COUNTS = ("page_tokens", "max_batch_tokens", "max_running", "max_waiting", "max_adapters", "max_context")
 
@@ -39,6 +40,8 @@ class Options:
     """Distinct adapters among the running requests; any number may be registered."""
     max_context: int | None = None
     """Tokens of one sequence; None: the model's limit. Lowered, with a warning, to what the pool holds."""
+    queue: str = "fcfs"
+    """ "fcfs": first come, first served; "fair": next is whose adapter was given the fewest tokens. """
     prefetch: bool = True
     seed: int = 0
     """Of the random numbers of requests that bring no seed."""
@@ -46,6 +49,7 @@ class Options:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("queue", self.queue, QUEUES)
         for name in _COUNTS:
             _check_integer(name, getattr(self, name), 1, 2**31 - 1)
         for name in ("pool_bytes", "host_bytes"):

@@ -25,7 +25,7 @@ def serve(model: str, options: Options, config: dict[str, Any], drain_timeout_s:
     and running requests may finish within the timeout; a second one ends the process at once.
     """
     server_config = json.dumps(config)
-    _core.Server.check(server_config)
+    _core.Server.check(server_config, options.queue)
     engine = Engine(model, options)
     try:
         server = _core.Server(engine.core, server_config)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slora import _core
-from slora.options import DTYPES, LOAD_FORMATS, Options
+from slora.options import DTYPES, LOAD_FORMATS, QUEUES, Options
 
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -234,6 +234,13 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("admin_key", texts, "may manage adapters", field="admin_keys", metavar="KEY", is_secret=True),
     ),
     "requests": (
+        _engine(
+            "queue",
+            text,
+            "who is next: fcfs, the one who came first; fair, whose tenant, or adapter, was given the fewest tokens "
+            "for its weight",
+            metavar="|".join(QUEUES),
+        ),
         Setting("strict_fields", boolean, "unknown fields of requests are refused"),
         Setting("access_log", boolean, "one line for each request; never its prompt"),
         Setting("metrics_prefix", text, "of the series that other servers have too"),
@@ -272,6 +279,7 @@ VLLM_HINTS = {
     "pipeline_parallel_size": "one GPU serves the base; leave it out",
     "data_parallel_size": "start one server for each GPU",
     "enforce_eager": "leave it out",
+    "scheduling_policy": "--queue says who is next; priorities are the keys' (--api-keys-file)",
     "enable_chunked_prefill": "prefill is always chunked; --max-batch-tokens bounds a chunk",
     "enable_prefix_caching": "there is no prefix cache yet; leave it out",
     "kv_cache_dtype": "the KV cache has the base's type; leave it out",

@@ -86,6 +86,24 @@ def test_the_loop_wakes_once_a_step_however_many_streams_there_are() -> None:
     run(body)
 
 
+@pytest.mark.parametrize(("queue", "is_early"), [("fair", True), ("fcfs", False)])
+def test_with_a_fair_queue_one_request_does_not_wait_for_another_adapters_flood(queue: str, is_early: bool) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        ended: list[str] = []
+
+        async def ask(name: str) -> None:
+            await llm.generate("abc", adapter=name, temperature=0, max_tokens=16, ignore_eos=True)
+            ended.append(name)
+
+        flood = [asyncio.create_task(ask("reverse")) for _ in range(60)]
+        while llm.stats().running < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(ask("upper"), *flood)
+        assert (ended.index("upper") < 30) == is_early, ended
+
+    run(body, queue=queue, max_running=2)
+
+
 def test_leaving_the_loop_cancels_the_request() -> None:
     async def body(llm: slora.AsyncLLM) -> None:
         async for _ in llm.stream("abc", **LONG):

@@ -48,13 +48,14 @@ def test_a_flag_goes_before_a_variable_before_the_file_before_the_default(
 
 def test_what_is_shown_is_a_file_that_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["m", "--adapter", "a=b", "c=d", "--no-prefetch", "--max-model-len", "9", "--pool-bytes", "8GiB"]
-    arguments += ["--served-model-name", "x", "y", "--step-timeout", "2.5"]
+    arguments += ["--served-model-name", "x", "y", "--step-timeout", "2.5", "--queue", "fair"]
     assert main(["serve", *arguments, "--show-config"]) == 0
     file = tmp_path / "serve.yaml"
     file.write_text(capsys.readouterr().out)
     first, second = in_force(capsys, *arguments), in_force(capsys, "--config", str(file))
     assert {name: value for name, (value, _) in first.items()} == {name: value for name, (value, _) in second.items()}
     assert first["pool_bytes"] == (str(8 << 30), "--pool-bytes")
+    assert first["queue"] == ('"fair"', "--queue")
     assert json.loads(first["adapter"][0])[1] == {"name": "c", "path": "d", "pinned": False}
 
 
@@ -217,6 +218,18 @@ def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: 
 def test_a_mistake_is_found_before_the_base_is_loaded(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/no/such/base", *arguments]) == 1
     assert "ConfigError" in capsys.readouterr().err
+
+
+def test_weights_of_keys_need_a_fair_queue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"keys": [{"sha256": "0" * 64, "tenant": "a", "weight": 2}]}))
+    arguments = ["serve", "/no/such/base", "--api-keys-file", str(file)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "keys[0]: weight is 2" in error
+    assert "hint: start the server with --queue fair" in error
+    assert main([*arguments, "--queue", "fair"]) == 1
+    assert "/no/such/base" in capsys.readouterr().err
 
 
 def test_yaml_is_imported_for_a_file_only() -> None:

@@ -95,6 +95,7 @@ def test_batched_is_as_alone(llm: slora.LLM, requests: list[Request], alone: lis
 WORLDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "chunked": ({"max_batch_tokens": 11, "max_running": 4}, ()),  # of so many rows there is no graph
     "few at once": ({"max_running": 3, "max_adapters": 1}, ()),
+    "fair": ({"queue": "fair", "max_running": 4}, ()),
     "no prefetch": ({"prefetch": False}, ()),
     "prefetched": ({"max_running": 2, "max_adapters": 2}, ("prefetches",)),
     "large pages": ({"page_tokens": 128}, ()),

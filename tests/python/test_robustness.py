@@ -86,6 +86,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "tpu"}, "tpu"),
     "dtype": ({"dtype": "int8"}, "int8.*float32"),
     "load_format": ({"load_format": "pickle"}, "pickle.*dummy"),
+    "queue": ({"queue": "lifo"}, "lifo.*fcfs, fair"),
     "page_tokens": ({"page_tokens": 24}, "24.*power of two"),
     "page_tokens too small": ({"page_tokens": 8}, "8.*16"),
     "no pool": ({"pool_bytes": 1}, "pool_bytes = 1"),

@@ -5,7 +5,7 @@ mod core_world;
 
 use core_world::World;
 use core_world::model::VOCAB;
-use slora_core::{AdapterState, EngineConfig, Eviction, NewRequest, RequestId, SamplingParams, SubmitError};
+use slora_core::{Account, AdapterState, EngineConfig, Eviction, NewRequest, RequestId, SamplingParams, SubmitError};
 
 fn config() -> EngineConfig {
     EngineConfig {
@@ -35,7 +35,8 @@ fn submit(world: &mut World, adapter: Option<&str>, len: u32, max_tokens: u32) -
 }
 
 fn new_request(adapter: Option<&str>, prompt: Vec<u32>, params: SamplingParams) -> NewRequest {
-    NewRequest { id: RequestId(7), adapter: adapter.map(Into::into), prompt, params: params.into() }
+    let account = Account::default();
+    NewRequest { id: RequestId(7), adapter: adapter.map(Into::into), prompt, params: params.into(), account }
 }
 
 #[test]

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use core_world::plan::{Plan, PlanReader};
 use slora_core::{
-    AdapterId, AdapterSpec, EndReason, Engine, EngineConfig, Events, Load, LoadFailure, NewRequest, RequestId,
-    SamplingParams,
+    Account, AdapterId, AdapterSpec, EndReason, Engine, EngineConfig, Events, Load, LoadFailure, NewRequest,
+    QueueOrder, RequestId, SamplingParams,
 };
 
 const EOS: i32 = 0;
@@ -30,6 +30,15 @@ impl<'a> Words<'a> {
 
     fn number(&self, key: &str, default: u32) -> u32 {
         self.0.get(key).map_or(default, |value| value.parse().unwrap())
+    }
+
+    fn account(&self) -> Account {
+        let number = |key: &str| self.0.get(key).map(|value| value.parse::<f64>().unwrap());
+        Account {
+            tenant: self.0.get("tenant").map(|name| Arc::from(*name)),
+            weight: number("weight").unwrap_or(1.0),
+            priority: number("priority").unwrap_or(0.0) as i32,
+        }
     }
 
     fn has(&self, word: &str) -> bool {
@@ -66,6 +75,7 @@ impl Scene {
             descriptor_words: 1,
             max_copy_pages: words.number("copy_pages", u32::MAX),
             max_loads: words.number("loads", 2),
+            queue: if words.has("fair") { QueueOrder::Fair } else { QueueOrder::Fcfs },
             prefetch: words.has("prefetch"),
             vocab_size: 100,
             eos_token_ids: vec![EOS as u32],
@@ -131,6 +141,7 @@ impl Scene {
             adapter: words.0.get("adapter").map(|name| Arc::from(*name)),
             prompt: vec![token; words.number("prompt", 4) as usize],
             params: Arc::new(params),
+            account: words.account(),
         };
         match self.engine.submit(0, new) {
             Ok(()) => self.requests.push(words.1[0].to_owned()),

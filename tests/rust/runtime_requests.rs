@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use slora_core::{EngineConfig, SamplingParams, SubmitError};
+use slora_core::{Account, EngineConfig, SamplingParams, SubmitError};
 use slora_runtime::{
     Delta, End, HostMemory, Mailbox, Output, RegisterError, RequestError, Runtime, RuntimeConfig, State, Stepper,
     Submission,
@@ -95,6 +95,7 @@ impl World {
         Submission {
             prompt: self.text.encode(prompt, false).unwrap(),
             adapter: None,
+            account: Account::default(),
             params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
             max_tokens: Some(max_tokens),
             seed: None,

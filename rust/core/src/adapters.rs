@@ -204,7 +204,11 @@ impl Engine {
         let can_run = adapter.can_run();
         if adapter.is_ready != can_run {
             adapter.is_ready = can_run;
-            adapter.waiting.iter().for_each(|(seq, place)| self.queue.set_ready(*seq, *place, can_run));
+            for (place, request) in
+                adapter.waiting.values().filter_map(|i| Some((*i, self.requests[*i as usize].as_ref()?)))
+            {
+                self.queue.set_ready(&request.ticket, place, can_run);
+            }
         }
         let load_key = adapter.wants_load();
         if load_key != adapter.load_key {

@@ -37,12 +37,13 @@ pub(crate) enum CopyRoom {
 impl Engine {
     /// Admits waiting requests in their order. Returns whether the next one lacks pages.
     pub(crate) fn admit(&mut self, now_us: u64, mut budget: u32) -> bool {
-        let (mut after, mut num_skipped) = (None, 0);
+        let mut num_skipped = 0;
+        self.queue.rewind();
         while budget > 0 && num_skipped < ADMISSION_WINDOW && self.running.len() < self.config.max_running as usize {
-            let Some((seq, place)) = self.queue.next_ready(after) else { return false };
+            let Some(place) = self.queue.next() else { return false };
             match self.try_admit(now_us, place, budget) {
                 Admission::Admitted(rows) => budget -= rows,
-                Admission::Skip => (after, num_skipped) = (Some(seq), num_skipped + 1),
+                Admission::Skip => num_skipped += 1,
                 Admission::Stop => return false,
                 Admission::Short => return true,
             }
@@ -124,8 +125,11 @@ impl Engine {
         let key = self.order_key(place);
         let at = self.order.partition_point(|other| self.order_key(*other) <= key);
         self.order.insert(at, place);
-        self.running.push(place);
+        let priority = self.request(place).ticket.priority();
+        let at = self.running.partition_point(|other| self.request(*other).ticket.priority() >= priority);
+        self.running.insert(at, place);
         let Some(request) = self.requests[place as usize].as_mut() else { return };
+        self.queue.admitted(&mut request.ticket);
         request.phase = Phase::Running;
         self.events.admitted.push(request.id);
         request.state_row = state_row;

@@ -76,6 +76,9 @@ impl Engine {
                 }
             }
         }
+        self.queue.check((num_waiting + running.len()) as u32);
+        let priorities = self.running.iter().map(|place| self.request(*place).ticket.priority());
+        assert!(priorities.is_sorted_by(|a, b| a >= b), "those of the lowest priority give way first");
         assert_eq!(self.queue.len(), num_waiting, "the queue holds the waiting requests");
         for list in [&self.running, &self.order] {
             let mut list = list.clone();
@@ -110,13 +113,11 @@ impl Engine {
         let is_ready = |request: &&Request| {
             request.phase == Phase::Waiting && request.adapter.is_none_or(|index| self.registry.get(index).can_run())
         };
-        let mut expected: Vec<u64> =
-            self.requests.iter().flatten().filter(is_ready).map(|request| request.seq).collect();
+        let mut expected: Vec<u64> = self.requests.iter().flatten().filter(is_ready).map(Request::seq).collect();
         expected.sort_unstable();
-        assert!(
-            self.queue.ready().map(|(seq, _)| seq).eq(expected),
-            "a waiting request is ready exactly if its adapter can run"
-        );
+        let mut ready: Vec<u64> = self.queue.ready().map(|(seq, _)| seq).collect();
+        ready.sort_unstable();
+        assert_eq!(ready, expected, "a waiting request is ready exactly if its adapter can run");
     }
 
     fn check_adapter(&self, index: u32, adapter: &Adapter) {

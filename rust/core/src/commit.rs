@@ -35,10 +35,13 @@ impl Engine {
 
     #[inline]
     fn commit_token(&mut self, place: u32, seq: u64, row: u32, token: i32) {
-        let Some(request) = self.requests[place as usize].as_mut().filter(|request| request.seq == seq) else { return };
+        let Some(request) = self.requests[place as usize].as_mut().filter(|request| request.seq() == seq) else {
+            return;
+        };
         request.pending -= 1;
         let Ok(token) = u32::try_from(token) else { return self.finish(place, EndReason::NotFinite) };
         request.tokens.push(token);
+        self.queue.generated(&request.ticket);
         self.stats.generated_tokens += 1;
         self.events.tokens.push(TokenEvent { request: request.id, token, row });
         let params = &request.params;

@@ -1,5 +1,15 @@
 //! What the engine is told once, when it is made.
 
+/// In which order waiting requests of one priority are admitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QueueOrder {
+    /// First come, first served.
+    #[default]
+    Fcfs,
+    /// The account that was given least goes first, by its [weight](crate::Account::weight).
+    Fair,
+}
+
 /// Who gives way among idle adapters when pages are short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Eviction {
@@ -43,6 +53,8 @@ pub struct EngineConfig {
     pub max_loads: u32,
     /// Pages whose copies may be ordered within one step; larger swap-ins arrive outside the step. `u32::MAX`: no limit.
     pub max_copy_pages: u32,
+    /// Who is admitted next.
+    pub queue: QueueOrder,
     /// Whether spare pages are spent on the adapters of requests that come next.
     pub prefetch: bool,
     /// Who gives way.
@@ -70,6 +82,7 @@ impl Default for EngineConfig {
             eos_token_ids: Vec::new(),
             max_loads: 8,
             max_copy_pages: u32::MAX,
+            queue: QueueOrder::default(),
             prefetch: true,
             eviction: Eviction::default(),
             host_page_cost_ns: 40_000,

@@ -8,7 +8,7 @@ use crate::event::{EndEvent, EndReason, Events};
 use crate::lru::Lru;
 use crate::pages::{Owner, PagePool};
 use crate::plan::PlanLayout;
-use crate::queue::Queue;
+use crate::queue::{Queue, Turn};
 use crate::registry::Registry;
 use crate::request::{NewRequest, Phase, Request, RequestId, SubmitError};
 use crate::stats::Stats;
@@ -44,8 +44,8 @@ pub struct Engine {
     pub(crate) idle_pages: u32,
     /// Adapters with a whole image in the host tier, least recently used first.
     pub(crate) host_lru: Lru,
-    /// Adapters that a waiting request wants loaded, by the earliest such request.
-    pub(crate) load_order: BTreeMap<u64, u32>,
+    /// Adapters that a waiting request wants loaded, by the first such request.
+    pub(crate) load_order: BTreeMap<Turn, u32>,
     /// Adapters to load although nobody waits, by the order of the wishes: replacements and pinned ones.
     pub(crate) wanted: BTreeMap<u64, u32>,
     /// Pinned adapters in the host tier that should be on the device.
@@ -60,7 +60,7 @@ pub struct Engine {
     by_id: HashMap<RequestId, u32>,
     pub(crate) next_seq: u64,
     pub(crate) queue: Queue,
-    /// In order of admission: the first is the oldest, the last gives way first.
+    /// By priority, then in order of admission: the last, the youngest of the lowest priority, gives way first.
     pub(crate) running: Vec<u32>,
     /// The same, by descriptor row.
     pub(crate) order: Vec<u32>,
@@ -104,7 +104,7 @@ impl Engine {
             vacant_requests: Vec::new(),
             by_id: HashMap::new(),
             next_seq: 1,
-            queue: Queue::default(),
+            queue: Queue::new(config.queue),
             running: Vec::with_capacity(config.max_running as usize),
             order: Vec::with_capacity(config.max_running as usize),
             free_state_rows: (0..config.max_running).rev().collect(),
@@ -139,13 +139,18 @@ impl Engine {
     /// Queues a request and binds the current version of its adapter. What can be refused is refused here; afterwards the
     /// request ends exactly once, with an [`EndEvent`].
     pub fn submit(&mut self, now_us: u64, new: NewRequest) -> Result<(), SubmitError> {
-        let NewRequest { id, adapter, prompt, params } = new;
+        let NewRequest { id, adapter: name, prompt, params, account } = new;
         self.check_request(id, &prompt, &params)?;
-        let adapter = adapter.map(|name| self.find_runnable(&name)).transpose()?;
-        let request = Request::new(id, self.next_seq, adapter, prompt, params);
-        self.check_room(&request)?;
+        account.check()?;
+        let adapter = name.as_ref().map(|name| self.find_runnable(name)).transpose()?;
+        let prompt_len = prompt.len() as u32;
+        self.check_room(prompt_len + params.max_tokens, adapter)?;
+        let mut ticket = self.queue.enter(&account, name.as_ref(), self.next_seq, prompt_len);
+        if let Some(adapter) = adapter.map(|index| self.registry.get(index)).filter(|adapter| adapter.can_load()) {
+            self.queue.ask_load(&mut ticket, adapter.wants_load());
+        }
         self.next_seq += 1;
-        let place = self.place(request);
+        let place = self.place(Request::new(id, ticket, adapter, prompt, params));
         self.by_id.insert(id, place);
         if let Some(index) = adapter {
             let adapter = self.registry.get_mut(index);
@@ -158,9 +163,9 @@ impl Engine {
     }
 
     /// Whether the request could run alone in an empty pool, and may wait for its turn.
-    fn check_room(&self, request: &Request) -> Result<(), SubmitError> {
-        let (kv_pages, num_pages) = (self.pages_for(request.max_len), self.config.num_pages);
-        let adapter_pages = request.adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
+    fn check_room(&self, max_len: u32, adapter: Option<u32>) -> Result<(), SubmitError> {
+        let (kv_pages, num_pages) = (self.pages_for(max_len), self.config.num_pages);
+        let adapter_pages = adapter.map_or(0, |index| self.registry.get(index).spec.num_pages);
         if u64::from(kv_pages) + u64::from(adapter_pages) > u64::from(num_pages) {
             return Err(SubmitError::PoolTooSmall { kv_pages, adapter_pages, num_pages });
         }
@@ -275,7 +280,7 @@ impl Engine {
 
     /// The request at `place`, if it is still the one with this `seq`.
     pub(crate) fn find_request(&mut self, place: u32, seq: u64) -> Option<&mut Request> {
-        self.requests[place as usize].as_mut().filter(|request| request.seq == seq)
+        self.requests[place as usize].as_mut().filter(|request| request.seq() == seq)
     }
 
     /// Pages that hold the KV cache of `len` tokens.
@@ -287,13 +292,13 @@ impl Engine {
     pub(crate) fn enqueue(&mut self, place: u32) {
         let request = self.request_mut(place);
         request.phase = Phase::Waiting;
-        let (seq, adapter) = (request.seq, request.adapter);
+        let (ticket, adapter) = (request.ticket, request.adapter);
         match adapter {
-            None => self.queue.push(seq, place, true),
+            None => self.queue.push(&ticket, place, true),
             Some(index) => {
                 let adapter = self.registry.get_mut(index);
-                adapter.waiting.insert(seq, place);
-                self.queue.push(seq, place, adapter.is_ready);
+                adapter.waiting.insert(ticket.turn, place);
+                self.queue.push(&ticket, place, adapter.is_ready);
                 self.refresh(index);
             }
         }
@@ -302,10 +307,10 @@ impl Engine {
     /// Takes a request out of the queue.
     pub(crate) fn dequeue(&mut self, place: u32) {
         let request = self.request(place);
-        let (seq, adapter) = (request.seq, request.adapter);
-        self.queue.remove(seq);
+        let (ticket, adapter) = (request.ticket, request.adapter);
+        self.queue.remove(&ticket);
         if let Some(index) = adapter {
-            self.registry.get_mut(index).waiting.remove(&seq);
+            self.registry.get_mut(index).waiting.remove(&ticket.turn);
             self.refresh(index);
         }
     }
@@ -319,6 +324,7 @@ impl Engine {
         let Some(request) = self.requests[place as usize].take() else { return };
         self.vacant_requests.push(place);
         self.by_id.remove(&request.id);
+        self.queue.leave(&request.ticket);
         self.stats.ended += 1;
         self.events.ended.push(EndEvent { request: request.id, reason });
         if let Some(index) = request.adapter {

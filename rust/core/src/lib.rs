@@ -6,6 +6,7 @@
 //! It does no I/O, reads no clock (time is an argument), starts no thread and is deterministic: the same calls give the same plans.
 #![forbid(unsafe_code)]
 
+mod account;
 mod adapter;
 mod adapters;
 mod admit;
@@ -14,6 +15,8 @@ mod commit;
 mod config;
 mod engine;
 mod event;
+mod fair;
+mod load_shares;
 mod lru;
 mod pages;
 mod plan;
@@ -26,8 +29,9 @@ mod sampling;
 mod schedule;
 mod stats;
 
+pub use account::{Account, AccountError};
 pub use adapter::{AdapterError, AdapterId, AdapterInfo, AdapterSpec, AdapterState, Load, LoadFailure};
-pub use config::{ConfigError, EngineConfig, Eviction};
+pub use config::{ConfigError, EngineConfig, Eviction, QueueOrder};
 pub use engine::Engine;
 pub use event::{EndEvent, EndReason, Events, PromptEvent, TokenEvent};
 pub use pages::{Owner, PagePool};

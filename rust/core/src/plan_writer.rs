@@ -62,7 +62,7 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
             return;
         }
         if request.params.max_tokens == 0 {
-            self.launched.prompts_done.push((place, request.seq));
+            self.launched.prompts_done.push((place, request.seq()));
         } else {
             self.sample(place, request, self.counts.num_rows - 1);
         }
@@ -132,7 +132,7 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
         }
         self.counts.num_prompt_logprobs += end - start;
         self.counts.max_prompt_logprobs = self.counts.max_prompt_logprobs.max(wanted);
-        self.launched.prompt_rows.push((place, request.seq, start + 1, first, end - start));
+        self.launched.prompt_rows.push((place, request.seq(), start + 1, first, end - start));
         request.prompt_logprobs_done = end;
     }
 
@@ -164,7 +164,7 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
         }
         self.plan.bias_indptr[i + 1] = self.counts.num_bias as i32;
         self.counts.num_sampled += 1;
-        self.launched.sampled.push((place, request.seq));
+        self.launched.sampled.push((place, request.seq()));
         request.pending += 1;
         request.pending_row = i as u32;
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::config::Eviction;
 use crate::engine::Engine;
+use crate::queue::Turn;
 use crate::registry::{Adapter, DeviceImage, HostImage};
 
 /// The cost-aware policy chooses among this many of the least recently used.
@@ -113,10 +114,10 @@ impl Engine {
         }
     }
 
-    /// Host pages for an image that is wanted since `seq`. Images that are wanted longer and not yet on the device stay.
-    pub(crate) fn allocate_host(&mut self, num_pages: u32, seq: u64) -> Option<Arc<[u32]>> {
+    /// Host pages for an image that a request of this turn wants. Images that are wanted before and not yet on the device stay.
+    pub(crate) fn allocate_host(&mut self, num_pages: u32, turn: Turn) -> Option<Arc<[u32]>> {
         while self.host_pages.num_free() < num_pages {
-            let index = self.choose_host_victim(seq)?;
+            let index = self.choose_host_victim(turn)?;
             self.free_host_image(index);
             self.stats.host_evictions += 1;
             self.refresh(index);
@@ -125,20 +126,20 @@ impl Engine {
         self.host_pages.allocate_many(crate::Owner::Adapter, num_pages, &mut pages).then(|| pages.into())
     }
 
-    fn choose_host_victim(&mut self, seq: u64) -> Option<u32> {
+    fn choose_host_victim(&mut self, turn: Turn) -> Option<u32> {
         let passed_over: Vec<u32> =
-            self.host_lru.iter().take(MAX_PASSED_OVER).take_while(|i| !self.may_leave_host(*i, seq)).collect();
-        let victim = self.host_lru.iter().nth(passed_over.len()).filter(|index| self.may_leave_host(*index, seq));
+            self.host_lru.iter().take(MAX_PASSED_OVER).take_while(|i| !self.may_leave_host(*i, turn)).collect();
+        let victim = self.host_lru.iter().nth(passed_over.len()).filter(|index| self.may_leave_host(*index, turn));
         // Those in use go to the end of the order, so that the next search starts behind them.
         passed_over.iter().for_each(|index| self.host_lru.touch(*index));
         victim
     }
 
-    fn may_leave_host(&self, index: u32, seq: u64) -> bool {
+    fn may_leave_host(&self, index: u32, turn: Turn) -> bool {
         let adapter = self.registry.get(index);
         let is_source = matches!(adapter.device, DeviceImage::Copying { .. });
         let is_last_copy = adapter.is_retired && adapter.unfinished > 0;
-        let is_wanted = !adapter.is_resident() && adapter.wanted_since().is_some_and(|since| since <= seq);
+        let is_wanted = !adapter.is_resident() && adapter.wanted_by().is_some_and(|first| first <= turn);
         !is_source && !is_last_copy && !is_wanted
     }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::adapter::{AdapterId, AdapterInfo, AdapterSpec, AdapterState, LoadFailure};
+use crate::queue::Turn;
 
 /// An image in the host tier.
 #[derive(Debug, Default)]
@@ -52,12 +53,12 @@ pub(crate) struct Adapter {
     pub pins: u32,
     /// Unfinished requests bound to it.
     pub unfinished: u32,
-    /// Those of them that wait, by order of arrival.
-    pub waiting: BTreeMap<u64, u32>,
+    /// Those of them that wait, in the queue's order.
+    pub waiting: BTreeMap<Turn, u32>,
     /// Whether `waiting` is in the ready queue.
     pub is_ready: bool,
     /// Its entry in the order of loads.
-    pub load_key: Option<u64>,
+    pub load_key: Option<Turn>,
     /// Its entry in the operator's wishes.
     pub wish_key: Option<u64>,
     /// It will be what its name means once it is loaded.
@@ -100,12 +101,12 @@ impl Adapter {
     }
 
     /// Whether it could be loaded, and nothing was ordered yet.
-    fn can_load(&self) -> bool {
+    pub fn can_load(&self) -> bool {
         matches!(self.host, HostImage::None) && !self.is_resident() && self.failure.is_none()
     }
 
     /// The first request that waits for a load that was not ordered yet.
-    pub fn wants_load(&self) -> Option<u64> {
+    pub fn wants_load(&self) -> Option<Turn> {
         self.waiting.keys().next().copied().filter(|_| self.can_load())
     }
 
@@ -119,9 +120,9 @@ impl Adapter {
         self.is_pinned && !self.is_resident() && matches!(self.host, HostImage::Ready(_))
     }
 
-    /// Since which request it is wanted; the operator's wish counts as younger than all of them.
-    pub fn wanted_since(&self) -> Option<u64> {
-        self.waiting.keys().next().copied().or(self.is_pinned.then_some(u64::MAX))
+    /// The first request that wants it; the operator's wish counts as behind all of them.
+    pub fn wanted_by(&self) -> Option<Turn> {
+        self.waiting.keys().next().copied().or(self.is_pinned.then_some(Turn::LAST))
     }
 
     /// A retired version without a host image could not be loaded again if its files have changed.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::queue::Ticket;
 use crate::sampling::SamplingError;
-use crate::{LoadFailure, SamplingParams};
+use crate::{Account, AccountError, LoadFailure, SamplingParams};
 
 /// Names a request; chosen by the caller, unique among the unfinished ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +21,8 @@ pub struct NewRequest {
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
     pub params: Arc<SamplingParams>,
+    /// Whose share it uses.
+    pub account: Account,
 }
 
 /// Why a request was refused.
@@ -58,6 +61,9 @@ pub enum SubmitError {
     /// A sampling parameter is out of range.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// Its account's weight or priority is out of range.
+    #[error(transparent)]
+    Account(#[from] AccountError),
     /// No such adapter.
     #[error("no adapter is named {0:?}")]
     UnknownAdapter(Arc<str>),
@@ -106,8 +112,8 @@ pub(crate) enum Phase {
 #[derive(Debug)]
 pub(crate) struct Request {
     pub id: RequestId,
-    /// Order of arrival; unique for ever, so it also tells a slab entry's occupants apart.
-    pub seq: u64,
+    /// Its place in the queue's order.
+    pub ticket: Ticket,
     pub phase: Phase,
     pub adapter: Option<u32>,
     pub tokens: Vec<u32>,
@@ -132,11 +138,17 @@ pub(crate) struct Request {
 
 impl Request {
     /// A request that has only arrived.
-    pub fn new(id: RequestId, seq: u64, adapter: Option<u32>, prompt: Vec<u32>, params: Arc<SamplingParams>) -> Self {
+    pub fn new(
+        id: RequestId,
+        ticket: Ticket,
+        adapter: Option<u32>,
+        prompt: Vec<u32>,
+        params: Arc<SamplingParams>,
+    ) -> Self {
         let prompt_len = prompt.len() as u32;
         Self {
             id,
-            seq,
+            ticket,
             phase: Phase::Waiting,
             adapter,
             tokens: prompt,
@@ -153,6 +165,11 @@ impl Request {
             checked: 0,
             pending_row: 0,
         }
+    }
+
+    /// Order of arrival; unique for ever, so it also tells a slab entry's occupants apart.
+    pub fn seq(&self) -> u64 {
+        self.ticket.turn.seq
     }
 
     /// Tokens known or on their way.

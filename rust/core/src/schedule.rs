@@ -5,6 +5,7 @@ use crate::admit::CopyRoom;
 use crate::engine::Engine;
 use crate::pages::Owner;
 use crate::plan::{Counts, PlanArrays};
+use crate::queue::Turn;
 use crate::reclaim::Mercy;
 use crate::registry::HostImage;
 
@@ -91,7 +92,7 @@ impl Engine {
         (budget, self.running.len() < num_running)
     }
 
-    /// One more row for a request, with the page that it may need. The youngest requests give way for it.
+    /// One more row for a request, with the page that it may need. The youngest requests of the lowest priority give way for it.
     fn plan_decode(&mut self, now_us: u64, place: u32) -> bool {
         let page_tokens = self.config.page_tokens;
         loop {
@@ -138,7 +139,11 @@ impl Engine {
         }
         if self.config.prefetch {
             let window = if is_short { 1 } else { PREFETCH_WINDOW };
-            candidates.extend(self.queue.ready().take(window).filter_map(|(_, place)| self.request(place).adapter));
+            self.queue.rewind();
+            for _ in 0..window {
+                let Some(place) = self.queue.next() else { break };
+                candidates.extend(self.request(place).adapter);
+            }
         }
         for &index in &candidates {
             if !self.registry.get(index).is_resident() && !self.prefetch_one(now_us, index) {
@@ -162,27 +167,31 @@ impl Engine {
         true
     }
 
-    /// Orders loads from disk, in the order in which requests arrived and the operator's wishes were made.
+    /// Orders loads from disk, by the requests' turns; the operator's wishes when they are older than the request that is next.
     fn order_loads(&mut self) {
+        if self.load_order.is_empty() {
+            self.queue.all_loads_ordered();
+        }
         let mut has_room_for_wishes = true;
         while self.num_loading < self.config.max_loads {
-            let request = self.load_order.first_key_value().map(|(seq, index)| (*seq, *index));
+            let request = self.load_order.first_key_value().map(|(turn, index)| (*turn, *index));
             let wish = self.wanted.first_key_value().map(|(seq, index)| (*seq, *index));
             match (request, wish.filter(|_| has_room_for_wishes)) {
-                (Some((seq, index)), wish) if wish.is_none_or(|wish| seq < wish.0) => {
-                    if !self.order_load(index, seq) {
+                (Some((turn, index)), wish) if wish.is_none_or(|wish| turn.seq < wish.0) => {
+                    if !self.order_load(index, turn) {
                         return;
                     }
                 }
-                (_, Some((_, index))) => has_room_for_wishes = self.order_load(index, u64::MAX),
+                (_, Some((_, index))) => has_room_for_wishes = self.order_load(index, Turn::LAST),
                 (_, None) => return,
             }
         }
     }
 
-    fn order_load(&mut self, index: u32, seq: u64) -> bool {
+    fn order_load(&mut self, index: u32, turn: Turn) -> bool {
         let num_pages = self.registry.get(index).spec.num_pages;
-        let Some(pages) = self.allocate_host(num_pages, seq) else { return false };
+        let Some(pages) = self.allocate_host(num_pages, turn) else { return false };
+        self.queue.load_ordered(turn);
         self.registry.get_mut(index).host = HostImage::Loading(pages.clone());
         self.loads.push_back(Load { adapter: self.registry.id(index), pages });
         self.num_loading += 1;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use slora_core::{AdapterState, EngineConfig, Eviction};
+use slora_core::{Account, AdapterState, EngineConfig, Eviction, QueueOrder};
 use slora_runtime::{AdapterDetails, Runtime, RuntimeConfig, State, StepLogprobs, Stepper, Submission};
 
 use crate::base::Base;
@@ -16,6 +16,15 @@ use crate::errors::{bad_request, config_error, register_error, request_error};
 use crate::outputs::{Mailbox, Output};
 use crate::sampling::Sampling;
 use crate::text::Text;
+
+/// By its name in Python and in settings.
+pub(crate) fn queue_order(name: &str) -> PyResult<QueueOrder> {
+    match name {
+        "fcfs" => Ok(QueueOrder::Fcfs),
+        "fair" => Ok(QueueOrder::Fair),
+        other => Err(config_error(format!("queue = {other:?} must be \"fcfs\" or \"fair\""))),
+    }
+}
 
 /// An engine.
 #[pyclass(frozen, module = "slora._core")]
@@ -52,8 +61,8 @@ impl Core {
 impl Core {
     #[new]
     #[pyo3(signature = (base, text, *, slabs, keep_alive, num_pages, page_tokens, max_batch_tokens, max_running,
-                        max_waiting, max_adapters, max_context, eos_token_ids, prefetch=true, eviction="cost",
-                        max_copy_pages=None, num_loaders=2, num_ready_slabs=None, seed=0))]
+                        max_waiting, max_adapters, max_context, eos_token_ids, queue="fcfs", prefetch=true,
+                        eviction="cost", max_copy_pages=None, num_loaders=2, num_ready_slabs=None, seed=0))]
     #[allow(clippy::too_many_arguments, reason = "keywords of a Python call")]
     fn new(
         base: &Base,
@@ -68,6 +77,7 @@ impl Core {
         max_adapters: u32,
         max_context: u32,
         eos_token_ids: Vec<u32>,
+        queue: &str,
         prefetch: bool,
         eviction: &str,
         max_copy_pages: Option<u32>,
@@ -93,6 +103,7 @@ impl Core {
             vocab_size: base.0.vocab_size,
             eos_token_ids,
             max_copy_pages: max_copy_pages.unwrap_or(u32::MAX),
+            queue: queue_order(queue)?,
             prefetch,
             eviction,
             ..EngineConfig::default()
@@ -219,6 +230,7 @@ impl Core {
         let submission = Submission {
             prompt,
             adapter: adapter.map(Into::into),
+            account: Account::default(),
             params: sampling.params.clone(),
             max_tokens: sampling.max_tokens,
             seed: sampling.seed,

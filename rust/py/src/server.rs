@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 use slora_server::ServerConfig;
 
-use crate::core::Core;
+use crate::core::{Core, queue_order};
 use crate::errors::config_error;
 use crate::outputs::SIGNAL_INTERVAL;
 
@@ -23,8 +23,8 @@ impl Server {
     }
 
     #[staticmethod]
-    fn check(config: &str) -> PyResult<()> {
-        slora_server::Server::check(&parse(config)?).map_err(config_error)
+    fn check(config: &str, queue: &str) -> PyResult<()> {
+        slora_server::Server::check(&parse(config)?, queue_order(queue)?).map_err(config_error)
     }
 
     #[staticmethod]

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
-use slora_core::{AdapterInfo, ConfigError, Engine, EngineConfig, NewRequest, RequestId, SamplingParams, SubmitError};
+use slora_core::{
+    Account, AdapterInfo, ConfigError, Engine, EngineConfig, NewRequest, RequestId, SamplingParams, SubmitError,
+};
 use slora_store::{Adapter, BaseSpec, Report};
 use slora_text::{Detokenizer, StopStrings, TextModel};
 
@@ -59,6 +61,8 @@ pub struct Submission {
     pub prompt: Vec<u32>,
     /// The adapter's name; `None`: the base model.
     pub adapter: Option<Arc<str>>,
+    /// Whose share of the machine it uses.
+    pub account: Account,
     /// How tokens are chosen. `seed`, `max_tokens` and `has_stop_strings` are overwritten from the fields below.
     pub params: SamplingParams,
     /// `None`: as many tokens as the context holds.
@@ -199,7 +203,7 @@ impl Runtime {
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let text = self.text_state(&submission)?;
         let params = self.params(&submission, id);
-        let Submission { prompt, adapter, wake, wakes_on_token, .. } = submission;
+        let Submission { prompt, adapter, account, wake, wakes_on_token, .. } = submission;
         let spec = ChannelSpec {
             id,
             adapter: adapter.clone(),
@@ -210,7 +214,7 @@ impl Runtime {
             wakes_on_token,
         };
         let output = Output::new(Arc::new(Channel::new(spec, text)), self.shared.inbox.clone());
-        let request = NewRequest { id, adapter, prompt, params: Arc::new(params) };
+        let request = NewRequest { id, adapter, prompt, params: Arc::new(params), account };
         let max_waiting = self.config.max_waiting;
         match self.shared.inbox.submit(request, output.channel.clone(), max_waiting as usize) {
             Ok(()) => Ok(output),

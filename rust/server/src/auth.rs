@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::http::{HeaderMap, StatusCode, header};
 use sha2::{Digest, Sha256};
+use slora_core::Account;
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::config::{Secret, ServerConfig};
@@ -31,6 +32,8 @@ pub(crate) struct Key {
     pub hash: KeyHash,
     /// Whose it is, for logs and metrics.
     pub tenant: Arc<str>,
+    /// Whose share of the machine its requests use.
+    pub account: Account,
     /// Patterns of adapter names, and of the base's; `None`: all.
     pub adapters: Option<Vec<String>>,
     pub quota: Quota,
@@ -47,6 +50,11 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
+    /// Whose share of the machine the caller's requests use: that of the key's tenant, if the keys file names one.
+    pub fn account(&self) -> Account {
+        self.key.as_ref().map(|key| key.account.clone()).unwrap_or_default()
+    }
+
     /// Whether this name of an adapter, or of the base, is any of the caller's business.
     pub fn may_use(&self, name: &str) -> bool {
         let patterns = self.key.as_ref().and_then(|key| key.adapters.as_ref());
@@ -69,7 +77,8 @@ impl Auth {
         let user = |(index, key): (usize, &Secret)| {
             let tenant = if config.api_keys.len() == 1 { "default".into() } else { format!("key-{index}").into() };
             let (quota, usage) = (Quota::default(), Arc::default());
-            Arc::new(Key { hash: hash(&key.0), tenant, adapters: None, quota, usage })
+            let account = Account::default();
+            Arc::new(Key { hash: hash(&key.0), tenant, account, adapters: None, quota, usage })
         };
         Self {
             admins: config.admin_keys.iter().map(|key| hash(&key.0)).collect(),

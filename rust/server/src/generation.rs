@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
-use slora_core::RequestId;
+use slora_core::{Account, RequestId};
 use slora_runtime::{Delta, End, Output, Runtime, Submission, Wake};
 
 use crate::admission::Reservation;
@@ -73,6 +73,7 @@ pub(crate) struct Generation {
 /// What a generation is made of.
 pub(crate) struct Start {
     pub adapter: Option<Arc<str>>,
+    pub account: Account,
     /// Ids of each prompt; each becomes `sampling.n` choices.
     pub prompts: Vec<Vec<u32>>,
     pub sampling: Sampling,
@@ -89,7 +90,7 @@ impl Generation {
         record: Arc<Record>,
         start: Start,
     ) -> Result<Self, ApiError> {
-        let Start { adapter, prompts, sampling, wakes_on_token, reservation, place } = start;
+        let Start { adapter, account, prompts, sampling, wakes_on_token, reservation, place } = start;
         let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
         let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
@@ -100,6 +101,7 @@ impl Generation {
                 let output = runtime.submit(Submission {
                     prompt: prompt.clone(),
                     adapter: adapter.clone(),
+                    account: account.clone(),
                     params: sampling.params.clone(),
                     max_tokens: sampling.max_tokens,
                     seed: sampling.seed.map(|seed| seed.wrapping_add(u64::from(copy))),

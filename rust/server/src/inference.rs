@@ -76,7 +76,7 @@ pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
 
 /// Runs a request whose prompts are ids now.
 pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, prompts: Vec<Prompt>) -> Answer {
-    let Call { app, record, .. } = call;
+    let Call { app, caller, record, .. } = call;
     let Admitted { mut reservation, place } = admitted;
     let Inference { shape, target, sampling, streaming, .. } = inference;
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
@@ -101,7 +101,8 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
     record.facts().adapter = target.adapter.clone();
     let stops = sampling.stops.clone();
     let wakes_on_token = streaming.is_on;
-    let start = Start { adapter: target.adapter, prompts: ids, sampling, wakes_on_token, reservation, place };
+    let (adapter, account) = (target.adapter, caller.account());
+    let start = Start { adapter, account, prompts: ids, sampling, wakes_on_token, reservation, place };
     let generation = Generation::start(&app.runtime, app.metrics.clone(), record.clone(), start)?;
     if streaming.is_on {
         stream(&app, record, generation, reply, stops).await

@@ -2,13 +2,15 @@
 //!
 //! ```json
 //! {"keys": [{"sha256": "…64 hex digits…", "tenant": "acme", "adapters": ["sql-*", "base"],
-//!            "concurrency": 8, "requests_per_minute": 600, "tokens_per_minute": 100000}]}
+//!            "weight": 2, "priority": 1, "concurrency": 8, "requests_per_minute": 600, "tokens_per_minute": 100000}]}
 //! ```
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use slora_core::{Account, QueueOrder};
 
 use crate::auth::{Key, KeyHash};
 use crate::quota::Quota;
@@ -38,35 +40,60 @@ struct Entry {
     #[serde(default)]
     weight: Option<f64>,
     #[serde(default)]
-    priority: Option<i64>,
+    priority: Option<i32>,
 }
 
-/// Reads and checks the whole file: a file with one bad entry changes nothing.
-pub(crate) fn read(path: &Path) -> Result<Vec<Key>, String> {
+/// Reads and checks the whole file: a file with one bad entry changes nothing. `queue`: the engine's order, without which
+/// weights would do nothing.
+pub(crate) fn read(path: &Path, queue: QueueOrder) -> Result<Vec<Key>, String> {
     let shown = path.display();
     let bytes = std::fs::metadata(path).map_err(|error| format!("{shown}: {error}"))?.len();
     if bytes > MAX_BYTES {
         return Err(format!("{shown}: {bytes} bytes, the limit is {MAX_BYTES}"));
     }
     let text = std::fs::read_to_string(path).map_err(|error| format!("{shown}: {error}"))?;
-    parse(&text).map_err(|error| format!("{shown}: {error}"))
+    parse(&text, queue).map_err(|error| format!("{shown}: {error}"))
 }
 
-fn parse(text: &str) -> Result<Vec<Key>, String> {
+fn parse(text: &str, queue: QueueOrder) -> Result<Vec<Key>, String> {
     let file: File = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    file.keys
-        .into_iter()
-        .enumerate()
-        .map(|(index, entry)| key(entry).map_err(|e| format!("keys[{index}]: {e}")))
-        .collect()
+    let keys = file.keys.into_iter().enumerate();
+    let keys: Vec<Key> = keys
+        .map(|(index, entry)| key(entry, queue).map_err(|e| format!("keys[{index}]: {e}")))
+        .collect::<Result<_, _>>()?;
+    check_weights(&keys)?;
+    Ok(keys)
 }
 
-fn key(entry: Entry) -> Result<Key, String> {
+/// A tenant has one share, however many keys.
+fn check_weights(keys: &[Key]) -> Result<(), String> {
+    let mut weights = HashMap::new();
+    for (index, key) in keys.iter().enumerate() {
+        let (first, weight) = *weights.entry(&key.tenant).or_insert((index, key.account.weight));
+        if weight != key.account.weight {
+            return Err(format!(
+                "keys[{index}]: tenant {:?} has weight {} here and {weight} in keys[{first}]; hint: give all keys of a \
+                 tenant one weight",
+                key.tenant, key.account.weight
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn key(entry: Entry, queue: QueueOrder) -> Result<Key, String> {
     if entry.tenant.is_empty() || entry.tenant.len() > 128 {
         return Err(format!("tenant has {} bytes, it must have 1 to 128", entry.tenant.len()));
     }
-    if entry.weight.is_some_and(|weight| weight != 1.0) || entry.priority.is_some_and(|priority| priority != 0) {
-        return Err("weight and priority need a fair queue, which the engine does not have yet; leave them out".into());
+    let tenant: Arc<str> = entry.tenant.into();
+    let (weight, priority) = (entry.weight.unwrap_or(1.0), entry.priority.unwrap_or(0));
+    let account = Account { tenant: Some(tenant.clone()), weight, priority };
+    account.check().map_err(|error| error.to_string())?;
+    if weight != 1.0 && queue == QueueOrder::Fcfs {
+        return Err(format!(
+            "weight is {weight}, but requests are served in the order of their arrival, where it would do nothing; \
+             hint: start the server with --queue fair"
+        ));
     }
     let Entry { concurrency, requests_per_minute, tokens_per_minute, .. } = entry;
     let limits = [concurrency, requests_per_minute, tokens_per_minute];
@@ -75,7 +102,8 @@ fn key(entry: Entry) -> Result<Key, String> {
     }
     Ok(Key {
         hash: hex(&entry.sha256).ok_or("sha256 must be 64 hex digits")?,
-        tenant: entry.tenant.into(),
+        tenant,
+        account,
         adapters: entry.adapters,
         quota: Quota { concurrency, requests_per_minute, tokens_per_minute },
         usage: Arc::default(),
@@ -101,14 +129,62 @@ mod tests {
     fn a_bad_entry_is_named() {
         let sha256 = "ab".repeat(32);
         let good = format!(r#"{{"keys": [{{"sha256": "{sha256}", "tenant": "a", "adapters": ["x-*"]}}]}}"#);
+        let parse = |text: &str| parse(text, QueueOrder::Fair);
         assert_eq!(parse(&good).unwrap()[0].hash, [0xab; 32]);
         let bad = [
             r#"{"keys": [{"sha256": "zz", "tenant": "a"}]}"#.to_owned(),
             good.replace("\"tenant\": \"a\"", "\"tenant\": \"\""),
-            good.replace("\"tenant\"", "\"weight\": 2, \"tenant\""),
+            good.replace("\"tenant\"", "\"weight\": 0, \"tenant\""),
+            good.replace("\"tenant\"", "\"priority\": 1.5, \"tenant\""),
             good.replace("\"tenant\"", "\"concurrency\": 0, \"tenant\""),
             good.replace("\"tenant\"", "\"role\": 1, \"tenant\""),
         ];
         assert!(bad.iter().all(|text| parse(text).is_err()));
+    }
+
+    /// A file of keys with these fields, each key another's.
+    fn file(keys: &[&str]) -> String {
+        let key = |(i, fields): (usize, &&str)| format!(r#"{{"sha256": "{i:064x}", {fields}}}"#);
+        format!(r#"{{"keys": [{}]}}"#, keys.iter().enumerate().map(key).collect::<Vec<_>>().join(", "))
+    }
+
+    #[test]
+    fn a_key_brings_its_tenants_weight_and_its_own_priority() {
+        let text = file(&[
+            r#""tenant": "a", "weight": 2.5, "priority": -3"#,
+            r#""tenant": "a", "weight": 2.5"#,
+            r#""tenant": "b""#,
+        ]);
+        let keys = parse(&text, QueueOrder::Fair).unwrap();
+        let account = |tenant: &str, weight, priority| Account { tenant: Some(tenant.into()), weight, priority };
+        let accounts: Vec<&Account> = keys.iter().map(|key| &key.account).collect();
+        assert_eq!(accounts, [&account("a", 2.5, -3), &account("a", 2.5, 0), &account("b", 1.0, 0)]);
+    }
+
+    #[test]
+    fn weights_and_priorities_that_cannot_be_are_refused_with_a_reason() {
+        let refused = |keys: &[&str], queue| parse(&file(keys), queue).unwrap_err();
+        for (fields, reason) in [
+            (r#""weight": 1000"#, "keys[0]: weight is 1000, it must be 0.01 to 100"),
+            (r#""weight": -1"#, "keys[0]: weight is -1, it must be 0.01 to 100"),
+            (r#""priority": 101"#, "keys[0]: priority is 101, it must be -100 to 100"),
+        ] {
+            assert_eq!(refused(&[&format!(r#""tenant": "a", {fields}"#)], QueueOrder::Fair), reason);
+        }
+        let two = [r#""tenant": "b""#, r#""tenant": "a", "weight": 2"#, r#""tenant": "a""#];
+        let reason = refused(&two, QueueOrder::Fair);
+        assert!(reason.starts_with("keys[2]: tenant \"a\" has weight 1 here and 2 in keys[1]; hint: "), "{reason}");
+    }
+
+    #[test]
+    fn in_the_order_of_arrival_a_weight_is_refused_and_a_priority_works() {
+        let weighted = file(&[r#""tenant": "a", "weight": 2"#]);
+        let reason = parse(&weighted, QueueOrder::Fcfs).unwrap_err();
+        assert!(
+            reason.contains("weight is 2") && reason.ends_with("hint: start the server with --queue fair"),
+            "{reason}"
+        );
+        let urgent = file(&[r#""tenant": "a", "weight": 1.0, "priority": 7"#]);
+        assert_eq!(parse(&urgent, QueueOrder::Fcfs).unwrap()[0].account.priority, 7);
     }
 }

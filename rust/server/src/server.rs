@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
 use serde_json::json;
+use slora_core::QueueOrder;
 use slora_runtime::{Runtime, State};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::AsyncWriteExt;
@@ -83,11 +84,11 @@ impl Server {
     ///
     /// # Errors
     /// Whatever is wrong with the configuration's values, its folders or its keys file.
-    pub fn check(config: &ServerConfig) -> Result<(), ServeError> {
+    pub fn check(config: &ServerConfig, queue: QueueOrder) -> Result<(), ServeError> {
         check(config)?;
         generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
-        let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path)).transpose();
+        let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path, queue)).transpose();
         keys.map(drop).map_err(ServeError::Config)
     }
 
@@ -110,7 +111,8 @@ impl Server {
             watch.begin(&app);
         }
         if let Some(path) = &config.api_keys_file {
-            app.auth.set_file_keys(keys_file::read(path).map_err(ServeError::Config)?);
+            let keys = keys_file::read(path, app.runtime.config().queue);
+            app.auth.set_file_keys(keys.map_err(ServeError::Config)?);
         }
         let (listener, address) = bind(&config.host, config.port)?;
         let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
@@ -381,10 +383,12 @@ async fn watch_keys(app: Arc<App>) {
         let metadata = std::fs::metadata(path).ok()?;
         Some((metadata.modified().ok()?, metadata.len()))
     };
+    let queue = app.runtime.config().queue;
     let mut seen = None;
     loop {
         let at = path.clone();
-        let found = tokio::task::spawn_blocking(move || stamp(&at).map(|stamp| (stamp, keys_file::read(&at)))).await;
+        let read = move || stamp(&at).map(|stamp| (stamp, keys_file::read(&at, queue)));
+        let found = tokio::task::spawn_blocking(read).await;
         if let Ok(Some((stamp, keys))) = found
             && seen.replace(stamp) != Some(stamp)
         {

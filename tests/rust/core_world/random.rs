@@ -1,6 +1,6 @@
 //! Random numbers, configurations and parameters from a seed.
 
-use slora_core::{EngineConfig, Eviction, SamplingParams};
+use slora_core::{Account, EngineConfig, Eviction, QueueOrder, SamplingParams};
 
 use super::model::{EOS, VOCAB, mix};
 
@@ -52,9 +52,19 @@ pub fn random_config(random: &mut Random) -> EngineConfig {
         eos_token_ids: vec![EOS],
         max_loads: random.between(1, 3),
         max_copy_pages: random.pick(&[1, 2, 4, u32::MAX]),
+        queue: random.pick(&[QueueOrder::Fcfs, QueueOrder::Fair]),
         prefetch: random.chance(70),
         eviction: random.pick(&[Eviction::Lru, Eviction::CostAware]),
         ..EngineConfig::default()
+    }
+}
+
+/// Of a few tenants, or of the adapter; mostly without a priority.
+pub fn random_account(random: &mut Random) -> Account {
+    Account {
+        tenant: random.chance(70).then(|| format!("t{}", random.below(4)).into()),
+        weight: random.pick(&[0.01, 1.0, 1.0, 3.0, 100.0]),
+        priority: random.pick(&[0, 0, 0, 0, 1, -1, 100, -100]),
     }
 }
 

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slora_core::{
-    AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load, LoadFailure,
-    NewRequest, RequestId, SamplingParams, SubmitError,
+    Account, AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load,
+    LoadFailure, NewRequest, RequestId, SamplingParams, SubmitError,
 };
 
 use super::executor::{Executor, Output};
 use super::model::{Content, Sequence, mix};
-use super::random::{Random, random_params};
+use super::random::{Random, random_account, random_params};
 
 /// An unfinished request as its client knows it.
 #[derive(Debug)]
@@ -98,7 +98,8 @@ impl World {
         let prompt_len = self.random.between(1, max_prompt_len);
         let params = random_params(&mut self.random, room + 1 - prompt_len);
         let prompt = (0..prompt_len).map(|_| self.random.below(super::model::VOCAB)).collect();
-        let _ = self.submit(adapter.as_deref(), prompt, params);
+        let account = random_account(&mut self.random);
+        let _ = self.submit_for(account, adapter.as_deref(), prompt, params);
     }
 
     fn random_name(&mut self) -> Arc<str> {
@@ -107,9 +108,20 @@ impl World {
         self.names[i as usize].clone()
     }
 
-    /// A request of the next id.
+    /// A request of the next id, of its adapter's account.
     pub fn submit(
         &mut self,
+        adapter: Option<&str>,
+        prompt: Vec<u32>,
+        params: SamplingParams,
+    ) -> Result<RequestId, SubmitError> {
+        self.submit_for(Account::default(), adapter, prompt, params)
+    }
+
+    /// A request of the next id.
+    pub fn submit_for(
+        &mut self,
+        account: Account,
         adapter: Option<&str>,
         prompt: Vec<u32>,
         params: SamplingParams,
@@ -118,7 +130,7 @@ impl World {
         let info = adapter.and_then(|name| self.engine.adapter_info(name));
         let content = info.as_ref().map_or(0, |info| self.contents[&info.id]);
         let sequence = Sequence::new(content, &prompt, params.clone());
-        let new = NewRequest { id, adapter: adapter.map(Arc::from), prompt, params };
+        let new = NewRequest { id, adapter: adapter.map(Arc::from), prompt, params, account };
         match self.engine.submit(self.now_us, new) {
             Ok(()) => {}
             Err(error) => {
