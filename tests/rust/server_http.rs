@@ -419,13 +419,16 @@ fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
     let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
     stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
     world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
-    assert!(world.get("/metrics").body.contains("slora:open_streams 1\n"));
+    let wait_for = |num_streams: u32| {
+        let (line, deadline) = (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));
+        while !world.get("/metrics").body.contains(&line) {
+            assert!(Instant::now() < deadline, "never so: {line}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    wait_for(1);
     assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !world.get("/metrics").body.contains("slora:open_streams 0\n") {
-        assert!(Instant::now() < deadline, "the stalled reader was not dropped");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_for(0);
     assert!(world.get("/metrics").body.contains("slora:disconnects_total 1\n"));
     assert_eq!(world.get("/load").json()["server_load"], 0);
     drop(stalled);
