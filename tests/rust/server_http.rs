@@ -420,7 +420,8 @@ fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
     stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
     world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
     let wait_for = |num_streams: u32| {
-        let (line, deadline) = (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));
+        let (line, deadline) =
+            (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));
         while !world.get("/metrics").body.contains(&line) {
             assert!(Instant::now() < deadline, "never so: {line}");
             std::thread::sleep(Duration::from_millis(5));

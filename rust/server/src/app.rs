@@ -107,11 +107,17 @@ impl App {
         }
     }
 
+    /// Choices of one request at most: what is configured, or fewer where more of them could never be unfinished at once.
+    pub fn max_choices(&self) -> usize {
+        let unfinished = self.admission.max_requests().min(u64::from(self.runtime.config().max_waiting));
+        self.config.limits.max_n.min(unfinished as usize)
+    }
+
     /// What depends on this server in the fields of its bodies.
     pub fn bounds(&self) -> schema::Bounds {
         let (limits, engine) = (&self.config.limits, self.runtime.config());
         schema::Bounds {
-            max_n: limits.max_n,
+            max_n: self.max_choices(),
             max_messages: limits.max_messages,
             max_context: engine.max_context,
             vocab_size: engine.vocab_size,

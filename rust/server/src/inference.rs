@@ -39,11 +39,14 @@ pub(crate) struct Admitted {
 pub(crate) fn admit(call: &mut Call, prompt_tokens: &[usize], n: u32) -> Result<Admitted, ApiError> {
     let app = &call.app;
     let choices = prompt_tokens.len() as u64 * u64::from(n);
-    let limit = app.config.limits.max_n as u64;
+    let limit = app.max_choices() as u64;
     if choices > limit {
         let message =
             format!("{} prompts with {n} choices each are {choices}, the limit is {limit}", prompt_tokens.len());
         return Err(ApiError::invalid("n", message));
+    }
+    if let Some(key) = &call.caller.key {
+        key.quota.check(choices)?;
     }
     let max_context = app.runtime.config().max_context as usize;
     let tokens: usize = prompt_tokens.iter().map(|tokens| (*tokens).min(max_context)).sum();
