@@ -42,7 +42,7 @@ pub(crate) struct Call {
     pub app: Arc<App>,
     pub caller: Caller,
     pub record: Arc<Record>,
-    /// What stands for the path's `{}`.
+    /// What stands for the path's `{}`; without one, the path's last segment, which may be a name too.
     pub param: String,
     pub body: Bytes,
     /// Of the body's bytes; a request without a body has none.
@@ -66,7 +66,8 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
             let param = params.ok().and_then(|params: RawPathParams| {
                 params.iter().next().map(|(_, value)| value.trim_start_matches('/').to_owned())
             });
-            answer(app.clone(), route, param.unwrap_or_default(), request)
+            let last_segment = || route.path.rsplit('/').next().unwrap_or_default().to_owned();
+            answer(app.clone(), route, param.unwrap_or_else(last_segment), request)
         };
         router = router.route(route.path, on(route.verb.filter(), handler));
     }
