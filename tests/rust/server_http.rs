@@ -407,18 +407,35 @@ fn one_connection_too_many_is_told_so() {
     drop(held);
 }
 
-#[test]
-fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
-    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+/// A stream of 128 choices for a client whose system takes little of it ahead.
+fn open_long_stream(world: &World) -> std::net::TcpStream {
     let body =
         with(completion(200), json!({"stream": true, "n": 128, "logprobs": 5, "return_token_ids": true})).to_string();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     socket.connect(&world.server.address().into()).unwrap();
-    let mut stalled = std::net::TcpStream::from(socket);
-    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
-    stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    let mut stream = std::net::TcpStream::from(socket);
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close";
+    stream.write_all(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
     world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
+    stream
+}
+
+#[test]
+fn a_reader_that_begins_late_gets_everything() {
+    let world = World::new();
+    let stream = open_long_stream(&world);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let events = Response::read(stream).events();
+    assert_eq!(num_shown(&events), 128 * 200, "an event for each token");
+    let whole = world.post("/v1/completions", &completion(200)).json()["choices"][0]["text"].clone();
+    assert!((0..128).all(|index| text_of(&events, index) == whole.as_str().unwrap()));
+}
+
+#[test]
+fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
+    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+    let stalled = open_long_stream(&world);
     let wait_for = |num_streams: u32| {
         let (line, deadline) =
             (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));

@@ -120,18 +120,25 @@ pub(crate) struct Channel {
     state: Mutex<ChannelState>,
 }
 
+/// A generated token that nobody has looked at yet. A slow reader has many of them.
+struct Token {
+    id: u32,
+    at: Instant,
+}
+
 #[derive(Default)]
 struct ChannelState {
     text: Option<TextState>,
+    /// What is new, but for these tokens and their log-probabilities, if asked for.
     delta: Delta,
-    /// Pieces of the delta whose text is made.
-    num_decoded: usize,
+    tokens: Vec<Token>,
+    logprobs: Vec<TokenLogprobs>,
     num_tokens: u32,
     /// The end comes right behind what is being pushed.
     is_ending: bool,
     /// The token of the running step ends the request and is no text.
     hides_last: bool,
-    /// The last piece is such a token.
+    /// The last token is such a one.
     is_last_hidden: bool,
     /// The reader was told and has not looked yet.
     is_signalled: bool,
@@ -198,7 +205,8 @@ impl Channel {
         }
         state.num_tokens += 1;
         state.is_last_hidden = state.hides_last;
-        state.delta.pieces.push(Piece { token, text: String::new(), logprobs, at });
+        state.tokens.push(Token { id: token, at });
+        state.logprobs.extend(logprobs);
         let mut progress = TextProgress::Quiet;
         if self.has_stops {
             state.decode();
@@ -219,11 +227,7 @@ impl Channel {
     pub fn end(&self, end: End) {
         let mut state = self.lock();
         if state.delta.end.is_none() {
-            state.decode();
-            if state.delta.end.is_none() {
-                state.delta.end = Some(end);
-            }
-            state.finish();
+            state.delta.end = Some(end);
             self.signal(state);
         }
     }
@@ -243,28 +247,30 @@ impl Channel {
 }
 
 impl ChannelState {
-    /// Makes the text of the pieces that have none yet. A stop string or an error ends the request.
+    /// Makes pieces with their text of the tokens that came. A stop string or an error ends the request: tokens behind it
+    /// are not part of the output.
     fn decode(&mut self) {
-        let Some(text) = &mut self.text else {
-            self.num_decoded = self.delta.pieces.len();
-            return;
-        };
-        let visible = self.delta.pieces.len() - usize::from(self.is_last_hidden && !self.delta.pieces.is_empty());
-        while self.num_decoded < visible && self.delta.end.is_none() {
-            let piece = &mut self.delta.pieces[self.num_decoded];
-            match text.push(piece.token) {
-                Ok((new, stopped)) => {
-                    piece.text = new;
-                    self.delta.end = stopped.map(End::StopString);
+        let num_visible = self.tokens.len().saturating_sub(usize::from(self.is_last_hidden));
+        let mut logprobs = self.logprobs.drain(..);
+        self.delta.pieces.reserve_exact(self.tokens.len());
+        for (index, Token { id: token, at }) in self.tokens.drain(..).enumerate() {
+            let mut piece = Piece { token, text: String::new(), logprobs: logprobs.next(), at };
+            let pushed = self.text.as_mut().filter(|_| index < num_visible).map(|text| text.push(token));
+            let end = match pushed {
+                Some(Ok((text, stopped))) => {
+                    piece.text = text;
+                    stopped.map(End::StopString)
                 }
-                Err(error) => self.delta.end = Some(End::Error(error.into())),
+                Some(Err(error)) => Some(End::Error(error.into())),
+                None => None,
+            };
+            self.delta.pieces.push(piece);
+            if end.is_some() {
+                self.delta.end = end;
+                break;
             }
-            self.num_decoded += 1;
         }
-        if matches!(self.delta.end, Some(End::StopString(_))) {
-            // Tokens behind the stop are not part of the output.
-            self.delta.pieces.truncate(self.num_decoded);
-        }
+        self.is_last_hidden = false;
     }
 
     /// Shows what was held back.
@@ -316,8 +322,6 @@ impl Output {
         if had_end {
             state.finish();
         }
-        state.num_decoded = 0;
-        state.is_last_hidden = false;
         let next = Delta {
             is_accepted: state.delta.is_accepted,
             version: state.delta.version,

@@ -1,6 +1,5 @@
 //! What chat and completions share: from a parsed request to its answer.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use slora_runtime::{Delta, End};
@@ -11,11 +10,10 @@ use crate::errors::ApiError;
 use crate::generation::{Generation, OpenStream, Start};
 use crate::log::unix_time_s;
 use crate::quota::Place;
-use crate::record::Record;
 use crate::reply::{Collected, Prompt, Reply, Shape};
 use crate::router::{Answer, Call, json_response, new_id};
 use crate::sampling::{Sampling, Streaming};
-use crate::sse::EventStream;
+use crate::sse::{EventStream, Outlet};
 
 /// A request whose fields were understood.
 pub(crate) struct Inference {
@@ -79,7 +77,7 @@ pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
 
 /// Runs a request whose prompts are ids now.
 pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, prompts: Vec<Prompt>) -> Answer {
-    let Call { app, record, .. } = call;
+    let Call { app, record, unsent, .. } = call;
     let Admitted { mut reservation, place } = admitted;
     let Inference { shape, target, sampling, streaming, .. } = inference;
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
@@ -107,7 +105,9 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
     let start = Start { adapter: target.adapter, prompts: ids, sampling, wakes_on_token, reservation, place };
     let generation = Generation::start(&app.runtime, app.metrics.clone(), record.clone(), start)?;
     if streaming.is_on {
-        stream(&app, record, generation, reply, stops).await
+        let keep_alive = Duration::from_secs_f64(app.config.limits.keep_alive_s);
+        let outlet = Outlet { keep_alive, unsent, record, _open: OpenStream::new(app.metrics.clone()) };
+        stream(&app, outlet, generation, reply, stops).await
     } else {
         whole(generation, &reply, &stops).await
     }
@@ -137,15 +137,9 @@ async fn whole(mut generation: Generation, reply: &Reply, stops: &[String]) -> A
 
 /// The headers wait until the engine has taken every choice and its adapter is in host memory, so that a bad adapter or a
 /// full queue is an answer of its own and not a broken stream; but not for ever.
-async fn stream(
-    app: &App,
-    record: Arc<Record>,
-    mut generation: Generation,
-    reply: Reply,
-    stops: Vec<String>,
-) -> Answer {
-    let limits = &app.config.limits;
-    let deadline = tokio::time::Instant::now() + Duration::from_secs_f64(limits.accept_timeout_s);
+async fn stream(app: &App, outlet: Outlet, mut generation: Generation, reply: Reply, stops: Vec<String>) -> Answer {
+    let accept_timeout = Duration::from_secs_f64(app.config.limits.accept_timeout_s);
+    let deadline = tokio::time::Instant::now() + accept_timeout;
     let mut is_settled = vec![false; generation.len()];
     let mut early = Vec::new();
     while is_settled.contains(&false) {
@@ -159,8 +153,6 @@ async fn stream(
             early.push((index, delta));
         }
     }
-    record.facts().is_stream = true;
-    let keep_alive = Duration::from_secs_f64(limits.keep_alive_s);
-    let open = OpenStream::new(app.metrics.clone());
-    Ok(EventStream::new(reply, stops, generation, early, keep_alive, record, open).response())
+    outlet.record.facts().is_stream = true;
+    Ok(EventStream::new(reply, stops, generation, early, outlet).response())
 }

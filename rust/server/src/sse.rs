@@ -17,13 +17,24 @@ use http_body::Frame;
 use slora_runtime::{Delta, End, Piece, TokenLogprobs};
 use tokio::time::{Instant, Sleep};
 
+use crate::connection::Unsent;
 use crate::errors::ApiError;
 use crate::generation::{Generation, OpenStream};
 use crate::record::Record;
 use crate::reply::{Event, Reply, Shape};
 
 /// Bytes of events after which the socket gets its turn.
-const MAX_FRAME_BYTES: usize = 64 << 10;
+const MAX_FRAME_BYTES: usize = 16 << 10;
+
+/// Where a stream's events go, and who is told of them.
+pub(crate) struct Outlet {
+    /// Between comments in a silent stream.
+    pub keep_alive: Duration,
+    pub unsent: Arc<Unsent>,
+    pub record: Arc<Record>,
+    /// Open for as long as this lives.
+    pub _open: OpenStream,
+}
 
 /// What the stream knows of one choice.
 #[derive(Default)]
@@ -45,15 +56,15 @@ pub(crate) struct EventStream {
     /// Read from the engine and not yet written.
     deltas: VecDeque<(usize, Delta)>,
     scratch: Vec<(usize, Delta)>,
+    /// Where events are written; what it grew to is used again.
+    out: Vec<u8>,
     /// Tokens shown, of all choices.
     num_shown: u64,
-    keep_alive: Duration,
+    outlet: Outlet,
     timer: Pin<Box<Sleep>>,
     last_written: Instant,
-    record: Arc<Record>,
     is_begun: bool,
     is_over: bool,
-    _open: OpenStream,
 }
 
 impl EventStream {
@@ -63,9 +74,7 @@ impl EventStream {
         stops: Vec<String>,
         generation: Generation,
         early: Vec<(usize, Delta)>,
-        keep_alive: Duration,
-        record: Arc<Record>,
-        open: OpenStream,
+        outlet: Outlet,
     ) -> Self {
         let now = Instant::now();
         let progress = (0..generation.len()).map(|_| Progress { is_begun: !reply.echo, ..Progress::default() });
@@ -77,14 +86,13 @@ impl EventStream {
             generation: Some(generation),
             deltas: early.into(),
             scratch: Vec::new(),
+            out: Vec::new(),
             num_shown: 0,
-            keep_alive,
-            timer: Box::pin(tokio::time::sleep_until(now + keep_alive)),
+            timer: Box::pin(tokio::time::sleep_until(now + outlet.keep_alive)),
+            outlet,
             last_written: now,
-            record,
             is_begun: false,
             is_over: false,
-            _open: open,
         }
     }
 
@@ -102,18 +110,33 @@ impl EventStream {
         if self.is_over {
             return Poll::Ready(None);
         }
-        let mut out = Vec::new();
+        std::task::ready!(self.outlet.unsent.poll_room(context));
+        let mut out = std::mem::take(&mut self.out);
+        out.clear();
         if !std::mem::replace(&mut self.is_begun, true) && self.reply.shape == Shape::Chat {
             (0..self.progress.len()).for_each(|index| self.reply.write_role(&mut out, &self.head, index));
         }
+        self.write_new(&mut out, context);
+        let events = Bytes::copy_from_slice(&out);
+        self.out = out;
+        if events.is_empty() {
+            return self.poll_keep_alive(context);
+        }
+        self.last_written = Instant::now();
+        self.outlet.unsent.add(events.len());
+        Poll::Ready(Some(events))
+    }
+
+    /// Writes events until nothing is new or the socket should get its turn.
+    fn write_new(&mut self, out: &mut Vec<u8>, context: &mut Context<'_>) {
         while out.len() < MAX_FRAME_BYTES && !self.is_over {
             if let Some((index, delta)) = self.deltas.pop_front() {
-                self.write_delta(&mut out, index, delta);
+                self.write_delta(out, index, delta);
                 continue;
             }
             let Some(generation) = &mut self.generation else { break };
             if generation.is_over() {
-                self.finish(&mut out);
+                self.finish(out);
                 break;
             }
             if generation.poll_deltas(context, &mut self.scratch).is_pending() {
@@ -121,11 +144,6 @@ impl EventStream {
             }
             self.deltas.extend(self.scratch.drain(..));
         }
-        if out.is_empty() {
-            return self.poll_keep_alive(context);
-        }
-        self.last_written = Instant::now();
-        Poll::Ready(Some(out.into()))
     }
 
     fn finish(&mut self, out: &mut Vec<u8>) {
@@ -136,18 +154,18 @@ impl EventStream {
     fn end(&mut self) {
         self.generation = None;
         self.is_over = true;
-        self.record.facts().is_done = true;
+        self.outlet.record.facts().is_done = true;
     }
 
     /// A comment now and then: proxies cut silent connections.
     fn poll_keep_alive(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         use std::future::Future;
         while self.timer.as_mut().poll(context).is_ready() {
-            let due = self.last_written + self.keep_alive;
+            let due = self.last_written + self.outlet.keep_alive;
             let now = Instant::now();
             if due <= now {
                 self.last_written = now;
-                self.timer.as_mut().reset(now + self.keep_alive);
+                self.timer.as_mut().reset(now + self.outlet.keep_alive);
                 // Registers the timer with this task.
                 let _ = self.timer.as_mut().poll(context);
                 return Poll::Ready(Some(Bytes::from_static(b": keep-alive\n\n")));
@@ -216,7 +234,7 @@ impl EventStream {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(error.json().as_bytes());
         out.extend_from_slice(b"\n\n");
-        self.record.facts().error = Some(error.code);
+        self.outlet.record.facts().error = Some(error.code);
         self.end();
     }
 }
