@@ -236,6 +236,32 @@ fn dropping_the_output_cancels_the_request() {
 }
 
 #[test]
+fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_it() {
+    let world = World::new("abcdefgh");
+    for stops in [vec![], vec!["gh".to_owned()]] {
+        let wakes_on_token = true;
+        let output = world
+            .runtime
+            .submit(Submission { stops: stops.clone(), wakes_on_token, ..world.submission("x", 8) })
+            .unwrap();
+        world.wait_until("the engine has done its part", |stats| stats.running + stats.waiting == 0);
+        let (mut text, mut num_takes, mut end) = (String::new(), 0, None);
+        while end.is_none() {
+            assert!(!world.mailbox.wait(Duration::from_secs(20)).is_empty(), "a reader is woken for what is left");
+            let delta = output.take_up_to(3);
+            assert!(delta.pieces.len() <= 3 || !stops.is_empty());
+            delta.pieces.iter().for_each(|piece| text += &piece.text);
+            text += &delta.tail;
+            (num_takes, end) = (num_takes + 1, delta.end);
+        }
+        match stops.is_empty() {
+            true => assert!(text == "abcdefgh" && num_takes >= 3 && matches!(end, Some(End::Length)), "{text}"),
+            false => assert!(text == "abcdef" && matches!(end, Some(End::StopString(0))), "{text} {end:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_failed_step_ends_every_request_with_its_reason() {
     let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
     let outputs: Vec<Output> = (0..8).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();

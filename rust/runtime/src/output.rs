@@ -1,5 +1,6 @@
 //! What a request has brought so far, between the delivery thread and the request's reader.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -131,8 +132,8 @@ struct ChannelState {
     text: Option<TextState>,
     /// What is new, but for these tokens and their log-probabilities, if asked for.
     delta: Delta,
-    tokens: Vec<Token>,
-    logprobs: Vec<TokenLogprobs>,
+    tokens: VecDeque<Token>,
+    logprobs: VecDeque<TokenLogprobs>,
     num_tokens: u32,
     /// The end comes right behind what is being pushed.
     is_ending: bool,
@@ -205,11 +206,11 @@ impl Channel {
         }
         state.num_tokens += 1;
         state.is_last_hidden = state.hides_last;
-        state.tokens.push(Token { id: token, at });
+        state.tokens.push_back(Token { id: token, at });
         state.logprobs.extend(logprobs);
         let mut progress = TextProgress::Quiet;
         if self.has_stops {
-            state.decode();
+            state.decode(usize::MAX);
             let is_over = state.delta.end.is_some();
             progress = if is_over { TextProgress::Ended } else { TextProgress::Checked(state.num_tokens) };
         }
@@ -247,30 +248,26 @@ impl Channel {
 }
 
 impl ChannelState {
-    /// Makes pieces with their text of the tokens that came. A stop string or an error ends the request: tokens behind it
-    /// are not part of the output.
-    fn decode(&mut self) {
-        let num_visible = self.tokens.len().saturating_sub(usize::from(self.is_last_hidden));
-        let mut logprobs = self.logprobs.drain(..);
-        self.delta.pieces.reserve_exact(self.tokens.len());
-        for (index, Token { id: token, at }) in self.tokens.drain(..).enumerate() {
-            let mut piece = Piece { token, text: String::new(), logprobs: logprobs.next(), at };
-            let pushed = self.text.as_mut().filter(|_| index < num_visible).map(|text| text.push(token));
-            let end = match pushed {
+    /// Makes pieces with their text of the first `limit` tokens that came. A stop string or an error ends the request: tokens
+    /// behind it are not part of the output.
+    fn decode(&mut self, limit: usize) {
+        for _ in 0..limit {
+            let Some(Token { id: token, at }) = self.tokens.pop_front() else { break };
+            let is_hidden = self.tokens.is_empty() && std::mem::take(&mut self.is_last_hidden);
+            let mut piece = Piece { token, text: String::new(), logprobs: self.logprobs.pop_front(), at };
+            match self.text.as_mut().filter(|_| !is_hidden).map(|text| text.push(token)) {
                 Some(Ok((text, stopped))) => {
                     piece.text = text;
-                    stopped.map(End::StopString)
+                    self.delta.end = stopped.map(End::StopString).or(self.delta.end.take());
                 }
-                Some(Err(error)) => Some(End::Error(error.into())),
-                None => None,
-            };
+                Some(Err(error)) => self.delta.end = Some(End::Error(error.into())),
+                None => {}
+            }
             self.delta.pieces.push(piece);
-            if end.is_some() {
-                self.delta.end = end;
-                break;
+            if matches!(self.delta.end, Some(End::StopString(_) | End::Error(_))) {
+                self.tokens.clear();
             }
         }
-        self.is_last_hidden = false;
     }
 
     /// Shows what was held back.
@@ -315,11 +312,17 @@ impl Output {
 
     /// What is new. Text is made here, on the reader's time.
     pub fn take(&self) -> Delta {
+        self.take_up_to(usize::MAX)
+    }
+
+    /// The same, with text of so many tokens at most, unless stop strings were looked for in more: what is left stays as
+    /// it is, a token in few bytes, and the reader is woken for it again. The end comes with the last of it.
+    pub fn take_up_to(&self, max_tokens: usize) -> Delta {
         let mut state = self.channel.lock();
         state.is_signalled = false;
-        state.decode();
-        let had_end = state.delta.end.is_some();
-        if had_end {
+        state.decode(max_tokens);
+        let is_whole = state.tokens.is_empty();
+        if is_whole && state.delta.end.is_some() {
             state.finish();
         }
         let next = Delta {
@@ -330,8 +333,13 @@ impl Output {
             end: state.delta.end.clone(),
             ..Delta::default()
         };
-        let delta = std::mem::replace(&mut state.delta, next);
-        drop(state);
+        let mut delta = std::mem::replace(&mut state.delta, next);
+        if is_whole {
+            drop(state);
+        } else {
+            delta.end = None;
+            self.channel.signal(state);
+        }
         if matches!(delta.end, Some(End::StopString(_) | End::Error(_))) {
             self.cancel();
         }

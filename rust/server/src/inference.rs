@@ -1,15 +1,18 @@
 //! What chat and completions share: from a parsed request to its answer.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use slora_runtime::{Delta, End};
 
 use crate::admission::{Load, Reservation};
 use crate::app::{App, Target};
+use crate::connection::Unsent;
 use crate::errors::ApiError;
 use crate::generation::{Generation, OpenStream, Start};
 use crate::log::unix_time_s;
 use crate::quota::Place;
+use crate::record::Record;
 use crate::reply::{Collected, Prompt, Reply, Shape};
 use crate::router::{Answer, Call, json_response, new_id};
 use crate::sampling::{Sampling, Streaming};
@@ -105,9 +108,7 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
     let start = Start { adapter: target.adapter, prompts: ids, sampling, wakes_on_token, reservation, place };
     let generation = Generation::start(&app.runtime, app.metrics.clone(), record.clone(), start)?;
     if streaming.is_on {
-        let keep_alive = Duration::from_secs_f64(app.config.limits.keep_alive_s);
-        let outlet = Outlet { keep_alive, unsent, record, _open: OpenStream::new(app.metrics.clone()) };
-        stream(&app, outlet, generation, reply, stops).await
+        stream(&app, record, unsent, generation, reply, stops).await
     } else {
         whole(generation, &reply, &stops).await
     }
@@ -137,9 +138,16 @@ async fn whole(mut generation: Generation, reply: &Reply, stops: &[String]) -> A
 
 /// The headers wait until the engine has taken every choice and its adapter is in host memory, so that a bad adapter or a
 /// full queue is an answer of its own and not a broken stream; but not for ever.
-async fn stream(app: &App, outlet: Outlet, mut generation: Generation, reply: Reply, stops: Vec<String>) -> Answer {
-    let accept_timeout = Duration::from_secs_f64(app.config.limits.accept_timeout_s);
-    let deadline = tokio::time::Instant::now() + accept_timeout;
+async fn stream(
+    app: &App,
+    record: Arc<Record>,
+    unsent: Arc<Unsent>,
+    mut generation: Generation,
+    reply: Reply,
+    stops: Vec<String>,
+) -> Answer {
+    let limits = &app.config.limits;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs_f64(limits.accept_timeout_s);
     let mut is_settled = vec![false; generation.len()];
     let mut early = Vec::new();
     while is_settled.contains(&false) {
@@ -153,6 +161,8 @@ async fn stream(app: &App, outlet: Outlet, mut generation: Generation, reply: Re
             early.push((index, delta));
         }
     }
-    outlet.record.facts().is_stream = true;
+    record.facts().is_stream = true;
+    let keep_alive = Duration::from_secs_f64(limits.keep_alive_s);
+    let outlet = Outlet { keep_alive, unsent, record, _open: OpenStream::new(app.metrics.clone()) };
     Ok(EventStream::new(reply, stops, generation, early, outlet).response())
 }

@@ -46,6 +46,20 @@ struct Progress {
     offset: usize,
 }
 
+/// What is left to write of what was read from the engine of one choice.
+struct Part {
+    index: usize,
+    pieces: std::vec::IntoIter<Piece>,
+    tail: String,
+    end: Option<End>,
+}
+
+impl Part {
+    fn is_written(&self) -> bool {
+        self.pieces.len() == 0 && self.end.is_none()
+    }
+}
+
 /// The body of a streamed answer.
 pub(crate) struct EventStream {
     reply: Reply,
@@ -53,8 +67,7 @@ pub(crate) struct EventStream {
     stops: Vec<String>,
     generation: Option<Generation>,
     progress: Vec<Progress>,
-    /// Read from the engine and not yet written.
-    deltas: VecDeque<(usize, Delta)>,
+    parts: VecDeque<Part>,
     scratch: Vec<(usize, Delta)>,
     /// Where events are written; what it grew to is used again.
     out: Vec<u8>,
@@ -78,14 +91,14 @@ impl EventStream {
     ) -> Self {
         let now = Instant::now();
         let progress = (0..generation.len()).map(|_| Progress { is_begun: !reply.echo, ..Progress::default() });
-        Self {
+        let mut stream = Self {
             head: reply.head(),
             progress: progress.collect(),
             reply,
             stops,
             generation: Some(generation),
-            deltas: early.into(),
-            scratch: Vec::new(),
+            parts: VecDeque::new(),
+            scratch: early,
             out: Vec::new(),
             num_shown: 0,
             timer: Box::pin(tokio::time::sleep_until(now + outlet.keep_alive)),
@@ -93,6 +106,17 @@ impl EventStream {
             last_written: now,
             is_begun: false,
             is_over: false,
+        };
+        stream.take_read();
+        stream
+    }
+
+    /// What was read is to be written.
+    fn take_read(&mut self) {
+        for (index, delta) in self.scratch.drain(..) {
+            let Delta { pieces, tail, prompt_logprobs, end, .. } = delta;
+            self.progress[index].prompt_logprobs.extend(prompt_logprobs);
+            self.parts.push_back(Part { index, pieces: pieces.into_iter(), tail, end });
         }
     }
 
@@ -130,8 +154,11 @@ impl EventStream {
     /// Writes events until nothing is new or the socket should get its turn.
     fn write_new(&mut self, out: &mut Vec<u8>, context: &mut Context<'_>) {
         while out.len() < MAX_FRAME_BYTES && !self.is_over {
-            if let Some((index, delta)) = self.deltas.pop_front() {
-                self.write_delta(out, index, delta);
+            if let Some(mut part) = self.parts.pop_front() {
+                self.write_part(out, &mut part);
+                if !part.is_written() {
+                    self.parts.push_front(part);
+                }
                 continue;
             }
             let Some(generation) = &mut self.generation else { break };
@@ -142,7 +169,7 @@ impl EventStream {
             if generation.poll_deltas(context, &mut self.scratch).is_pending() {
                 break;
             }
-            self.deltas.extend(self.scratch.drain(..));
+            self.take_read();
         }
     }
 
@@ -175,27 +202,27 @@ impl EventStream {
         Poll::Pending
     }
 
-    fn write_delta(&mut self, out: &mut Vec<u8>, index: usize, delta: Delta) {
-        let Delta { pieces, tail, prompt_logprobs, end, .. } = delta;
-        self.progress[index].prompt_logprobs.extend(prompt_logprobs);
-        if let Some(End::Error(error)) = &end {
+    fn write_part(&mut self, out: &mut Vec<u8>, part: &mut Part) {
+        let index = part.index;
+        if let Some(End::Error(error)) = &part.end {
             return self.fail(out, &ApiError::from(error.clone()));
         }
-        if matches!(end, Some(End::Cancelled)) {
+        if matches!(part.end, Some(End::Cancelled)) {
             return self.fail(out, &ApiError::unavailable("the request was cancelled by the server"));
         }
-        if !self.progress[index].is_begun && (!pieces.is_empty() || end.is_some()) {
+        if !self.progress[index].is_begun && !part.is_written() {
             self.write_echo(out, index);
         }
-        // The end goes out with the last token, unless text is left for an event of its own.
-        let joins_last = tail.is_empty() && !pieces.is_empty();
-        let last = pieces.len().saturating_sub(1);
-        for (place, piece) in pieces.iter().enumerate() {
-            let end = end.as_ref().filter(|_| joins_last && place == last);
-            self.write_piece(out, index, piece, end);
-        }
-        if let (Some(end), false) = (&end, joins_last) {
-            self.write(out, index, &tail, None, None, Some(end));
+        while out.len() < MAX_FRAME_BYTES {
+            let piece = part.pieces.next();
+            // The end goes out with the last token, unless text is left for an event of its own.
+            let is_last = part.pieces.len() == 0 && (piece.is_none() || part.tail.is_empty());
+            let end = if is_last { part.end.take() } else { None };
+            match (piece, end) {
+                (Some(piece), end) => self.write_piece(out, index, &piece, end.as_ref()),
+                (None, Some(end)) => self.write(out, index, &part.tail, None, None, Some(&end)),
+                (None, None) => return,
+            }
         }
     }
 
