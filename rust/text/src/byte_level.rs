@@ -82,8 +82,7 @@ mod tests {
 
     #[test]
     fn text_is_whole_characters_however_the_bytes_come() {
-        let bytes =
-            [&"aé🙂".as_bytes()[..], b"\xf0\x9f", b"\xff", b"b\xe6\x9d", b"\xe6", b"c\xed\xa0\x80\xf0"].concat();
+        let bytes = ["aé🙂".as_bytes(), b"\xf0\x9f", b"\xff", b"b\xe6\x9d", b"\xe6", b"c\xed\xa0\x80\xf0"].concat();
         for size in 1..bytes.len() {
             let (mut pending, mut text) = (Vec::new(), String::new());
             for piece in bytes.chunks(size) {
