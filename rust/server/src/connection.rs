@@ -28,7 +28,7 @@ const MAX_HEADERS: usize = 256;
 /// hyper's buffer is larger than the limit on headers, so that the router can say in its own shape what is too large.
 const MIN_BUFFER_BYTES: usize = 128 << 10;
 
-/// Bytes of a stream that may wait for the socket; further text is not made before it has taken some.
+/// While so many bytes of a stream wait for the socket, no further text is made.
 const MAX_UNSENT_BYTES: usize = 16 << 10;
 
 /// How long a client may take to close its side after the last answer.
@@ -121,7 +121,8 @@ impl Drop for OpenConnection {
     }
 }
 
-/// A socket without vectored writes, which cost more than they save where answers are small, that fails when its reader takes nothing for too long, and that is closed so that the last answer arrives.
+/// A socket that fails when its reader takes nothing for too long, and that is closed so that the last answer arrives. It
+/// has no vectored writes: for small events they cost more than they save.
 struct Timed {
     stream: TcpStream,
     stall: Duration,

@@ -129,7 +129,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route!(Get "/ping", Open, health::live, "Alive.", &[], Empty, [503]),
     route!(Get "/version", User, health::version, "The version.", &[], Json("Version"), []),
     route!(Get "/load", User, health::load, "What is unfinished.", &[], Json("Load"), []),
-    route!(Get "/metrics", User, exposition::expose, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), []),
+    route!(Get "/metrics", User, exposition::expose, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), [503]),
     route!(Get "/openapi.json", User, openapi::document, "This document.", &[], Json("Document"), []),
 ];
 
