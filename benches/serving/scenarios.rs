@@ -80,7 +80,7 @@ pub fn streams(options: &Options) -> Value {
         stream: true,
         ..LoadConfig::default()
     };
-    let delays = Arc::new(Delays::new(process.made()));
+    let delays = Arc::new(Delays::new(process.made(), step));
     let seen = delays.clone();
     let observer: Observer = Arc::new(move |event, _| seen.add(event));
     let load = Load::start(LoadConfig { url: process.url.clone(), ..config }, Some(observer));
@@ -105,14 +105,17 @@ static TEXT: LazyLock<Finder> = LazyLock::new(|| Finder::new("\"text\":"));
 struct Delays {
     made: Made,
     begun: Instant,
-    /// The letter that was read last, and when it was made.
-    last: Mutex<(usize, u64)>,
+    /// For so long a letter's time is not read again: it is another one 26 steps later only.
+    step_ns: u64,
+    /// When each letter was made, and when that was read.
+    read: Mutex<[(u64, u64); LETTERS]>,
     latency: Mutex<Latency>,
 }
 
 impl Delays {
-    fn new(made: Made) -> Self {
-        Self { made, begun: Instant::now(), last: Mutex::new((LETTERS, 0)), latency: Mutex::default() }
+    fn new(made: Made, step: Duration) -> Self {
+        let step_ns = step.as_nanos() as u64;
+        Self { made, begun: Instant::now(), step_ns, read: Mutex::new([(0, 0); LETTERS]), latency: Mutex::default() }
     }
 
     fn add(&self, event: &[u8]) {
@@ -120,11 +123,12 @@ impl Delays {
         let letter = value.and_then(|value| Some(usize::from(value.get(1)?.wrapping_sub(b'a'))));
         let Some(letter) = letter.filter(|letter| *letter < LETTERS && self.begun.elapsed() > WARM_UP) else { return };
         let now = unix_time_ns();
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.0 != letter {
-            *last = (letter, self.made.get(letter));
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let (made, at) = &mut read[letter];
+        if now.saturating_sub(*at) > self.step_ns {
+            (*made, *at) = (self.made.get(letter), now);
         }
-        let delay = Duration::from_nanos(now.saturating_sub(last.1));
+        let delay = Duration::from_nanos(now.saturating_sub(*made));
         self.latency.lock().unwrap_or_else(PoisonError::into_inner).add(delay);
     }
 }
@@ -204,6 +208,7 @@ pub fn stalled(options: &Options) -> Value {
     // Every event names the model: a long name fills a socket's buffers at once.
     let name = "x".repeat(4096);
     let config = json!({"served_model_names": ["base", name], "limits": {"stall_timeout_s": 60.0}});
+    let kb_per_stalled_reader = kb_per_stalled_reader(options, &name, &config);
     let mut process = options.start(Duration::from_millis(20), 1100, config);
     let idle = process.stats()["tasks"].as_u64().unwrap_or(0);
     let reading = LoadConfig {
@@ -229,9 +234,21 @@ pub fn stalled(options: &Options) -> Value {
     let (whole, stalled): (Vec<&Value>, Vec<&Value>) = turns.iter().map(|(whole, stalled)| (whole, stalled)).unzip();
     let (p99_ms_whole, p99_ms_stalled) = (p99_ms(whole), p99_ms(stalled));
     json!({
-        "p99_growth": p99_ms_stalled / p99_ms_whole - 1.0,
+        "p99_growth": p99_ms_stalled / p99_ms_whole - 1.0, "kb_per_stalled_reader": kb_per_stalled_reader,
         "p99_ms_beside_whole": p99_ms_whole, "p99_ms_beside_stalled": p99_ms_stalled, "turns": turns,
     })
+}
+
+/// What a stalled reader takes of the process's memory once its 1,000 tokens are made, its request included. The socket's
+/// buffer in the kernel comes on top.
+fn kb_per_stalled_reader(options: &Options, model: &str, config: &Value) -> f64 {
+    let mut process = options.start(Duration::from_millis(5), 1100, config.clone());
+    let idle_kb = process.resident_kb();
+    let _readers = ask_1000(&process.url, model, true);
+    while process.stats()["ended"] != 1000 {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    process.resident_kb().saturating_sub(idle_kb) as f64 / 1000.0
 }
 
 /// 1,000 connections, each with a request whose answer nobody reads.

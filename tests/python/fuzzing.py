@@ -24,7 +24,7 @@ Document = dict[str, Any]
 
 
 def document_of(served: Served) -> Document:
-    """The server's document. What it says of a stream, that it is text, schemathesis would ask of each event."""
+    """The server's document. What it says of an event's data, schemathesis would ask of the event with its fields."""
     document: Document = json.loads(served.call("/openapi.json")[1])
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "pattern": EVENT}}}
     for operations in document["paths"].values():

@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use slora_core::{Account, EngineConfig, SamplingParams, SubmitError};
+use slora_core::{Account, AdapterState, EngineConfig, SamplingParams, SubmitError};
 use slora_runtime::{
     Delta, End, HostMemory, Mailbox, Output, RegisterError, RequestError, Runtime, RuntimeConfig, State, Stepper,
     Submission,
@@ -237,6 +237,32 @@ fn dropping_the_output_cancels_the_request() {
 }
 
 #[test]
+fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_it() {
+    let world = World::new("abcdefgh");
+    for stops in [vec![], vec!["gh".to_owned()]] {
+        let wakes_on_token = true;
+        let output = world
+            .runtime
+            .submit(Submission { stops: stops.clone(), wakes_on_token, ..world.submission("x", 8) })
+            .unwrap();
+        world.wait_until("the engine has done its part", |stats| stats.running + stats.waiting == 0);
+        let (mut text, mut num_takes, mut end) = (String::new(), 0, None);
+        while end.is_none() {
+            assert!(!world.mailbox.wait(Duration::from_secs(20)).is_empty(), "a reader is woken for what is left");
+            let delta = output.take_up_to(3);
+            assert!(delta.pieces.len() <= 3 || !stops.is_empty());
+            delta.pieces.iter().for_each(|piece| text += &piece.text);
+            text += &delta.tail;
+            (num_takes, end) = (num_takes + 1, delta.end);
+        }
+        match stops.is_empty() {
+            true => assert!(text == "abcdefgh" && num_takes >= 3 && matches!(end, Some(End::Length)), "{text}"),
+            false => assert!(text == "abcdef" && matches!(end, Some(End::StopString(0))), "{text} {end:?}"),
+        }
+    }
+}
+
+#[test]
 fn a_failed_step_ends_every_request_with_its_reason() {
     let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
     let outputs: Vec<Output> = (0..8).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
@@ -390,4 +416,46 @@ fn a_load_into_a_slab_that_is_not_ready_is_answered_when_it_is() {
     world.runtime.slabs_ready(8);
     assert!(matches!(world.finish(&waiting).end, Some(End::Length)));
     assert_eq!(world.runtime.snapshot().engine.loads, 1);
+}
+
+#[test]
+fn adapters_are_listed_while_the_step_thread_is_busy_and_as_the_last_call_left_them() {
+    let world = World::new("abc");
+    let (runtime, path) = (&world.runtime, example("adapters/reverse"));
+    let listed = || {
+        let all = runtime.adapters().unwrap().into_iter();
+        all.map(|details| (details.info.name.to_string(), details.info.version, details.info.pinned))
+            .collect::<Vec<_>>()
+    };
+    for round in 0..50 {
+        runtime.register("b", &path, false, false).unwrap();
+        runtime.register("a", &path, false, round % 2 == 0).unwrap();
+        assert_eq!(listed(), [("a".into(), 1, round % 2 == 0), ("b".into(), 1, false)]);
+        runtime.pin("b", true).unwrap();
+        assert!(runtime.adapter("b").unwrap().unwrap().info.pinned);
+        let done = world.run(Submission { adapter: Some("b".into()), ..world.submission("x", 1) });
+        assert!(matches!(done.end, Some(End::Length)), "{:?}", done.end);
+        let info = runtime.adapter("b").unwrap().unwrap().info;
+        assert_eq!((info.state, info.unfinished, info.pins), (AdapterState::Resident, 0, 0));
+        runtime.unload("b").unwrap();
+        runtime.unload("a").unwrap();
+        assert_eq!(listed(), []);
+    }
+    runtime.register("a", &path, false, false).unwrap();
+    let ((begin, begun), (release, released)) = (mpsc::channel(), mpsc::channel());
+    let busy = std::thread::spawn({
+        let runtime = runtime.clone();
+        move || {
+            let wait = move |_: &mut Stepper| {
+                begin.send(()).unwrap();
+                released.recv_timeout(Duration::from_secs(10)).is_ok()
+            };
+            runtime.call(wait).unwrap()
+        }
+    });
+    begun.recv().unwrap();
+    assert_eq!((listed().len(), runtime.adapter("a").unwrap().is_some()), (1, true));
+    // The step thread may have given up waiting.
+    let _ = release.send(());
+    assert!(busy.join().unwrap(), "the lists waited for the step thread");
 }

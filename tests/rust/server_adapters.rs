@@ -69,6 +69,29 @@ fn adapters_are_a_resource() {
 }
 
 #[test]
+fn an_adapter_may_be_called_as_the_route_that_validates() {
+    let (folder, config) = adapter_root();
+    let world = World::configured(config);
+    let ask = |method: &str, body: Option<Value>| world.ask("admin", method, "/v1/adapters/validate", body.as_ref());
+    let path = json!({"path": folder.path().join("reverse")});
+    assert_eq!(ask("GET", None).error(), (404, "model_not_found".into()));
+    assert_eq!(ask("POST", Some(path.clone())).json()["num_ignored"], 0, "only that validates");
+    assert_eq!(world.runtime.adapters().unwrap().len(), 0);
+    assert_eq!(ask("PUT", Some(path)).json()["name"], "validate");
+    assert_eq!(ask("GET", None).json()["name"], "validate");
+    let body = with(completion(1), json!({"model": "validate"}));
+    assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&body)).status, 200);
+    let other = ask("PATCH", None);
+    assert_eq!(other.error(), (405, "method_not_allowed".into()));
+    let mut allowed: Vec<&str> = other.header("allow").unwrap().split(',').collect();
+    allowed.sort_unstable();
+    assert_eq!(allowed, ["DELETE", "GET", "HEAD", "POST", "PUT"]);
+    assert_eq!(world.ask("admin", "POST", "/v1/adapters/other", Some(&json!({}))).error().0, 405);
+    assert_eq!(ask("DELETE", None).status, 204);
+    assert_eq!(ask("GET", None).status, 404);
+}
+
+#[test]
 fn running_requests_finish_while_their_adapter_is_replaced_or_unloaded() {
     let (folder, config) = adapter_root();
     let world = World::with(config, EngineConfig::default(), Duration::from_millis(2));

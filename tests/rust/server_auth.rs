@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use slora_core::EngineConfig;
 use slora_server::{Level, RouteInfo, routes};
 
 use server_world::{Response, World, adapter_root, completion, with};
@@ -232,6 +233,33 @@ fn a_key_sees_and_uses_only_its_adapters() {
         assert!(Instant::now() < deadline, "the changed file of keys was not read");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_request_of_more_choices_than_its_key_may_ever_have_is_a_mistake() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.json");
+    let key = |name: &str, limits: Value| with(json!({"sha256": hash(name), "tenant": name}), limits);
+    let entries = [key("a", json!({"concurrency": 2})), key("b", json!({"requests_per_minute": 2}))];
+    std::fs::write(&keys, json!({"keys": entries}).to_string()).unwrap();
+    let config = json!({"api_keys_file": keys, "admin_keys": ["admin"], "limits": {"max_queued_requests": 1}});
+    let world = World::with(config, EngineConfig { max_running: 3, ..EngineConfig::default() }, Duration::ZERO);
+    let ask = |key: &str, fields: Value| world.ask(key, "POST", "/v1/completions", Some(&with(completion(1), fields)));
+    let four = json!({"prompt": ["x", "x"], "n": 2});
+    for (key, too_many, fields) in [("a", "2 requests at once", json!({"n": 3})), ("b", "2 requests a minute", four)] {
+        let refused = ask(key, fields);
+        assert_eq!(refused.error(), (400, "invalid_value".into()));
+        let error = &refused.json()["error"];
+        assert!(error["param"] == "n" && error["message"].as_str().unwrap().contains(too_many), "{error}");
+        assert_eq!(refused.header("retry-after"), None);
+        assert_eq!(ask(key, json!({"n": 2})).status, 200);
+    }
+    assert_eq!(ask("b", json!({})).error(), (429, "rate_limit_exceeded".into()));
+    assert_eq!(ask("admin", json!({"n": 4})).status, 200);
+    assert_eq!(ask("admin", json!({"n": 5})).error(), (400, "invalid_value".into()), "more than the server ever takes");
+    let document = world.ask("admin", "GET", "/openapi.json", None).json();
+    let body = &document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"];
+    assert_eq!(body["properties"]["n"]["maximum"], 4);
 }
 
 #[test]

@@ -407,25 +407,46 @@ fn one_connection_too_many_is_told_so() {
     drop(held);
 }
 
-#[test]
-fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
-    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+/// A stream of 16 choices for a client whose system takes little of it ahead.
+fn open_long_stream(world: &World) -> std::net::TcpStream {
     let body =
-        with(completion(200), json!({"stream": true, "n": 128, "logprobs": 5, "return_token_ids": true})).to_string();
+        with(completion(200), json!({"stream": true, "n": 16, "logprobs": 5, "return_token_ids": true})).to_string();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     socket.connect(&world.server.address().into()).unwrap();
-    let mut stalled = std::net::TcpStream::from(socket);
-    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
-    stalled.write_all(format!("{head}{body}").as_bytes()).unwrap();
-    world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 128);
-    assert!(world.get("/metrics").body.contains("slora:open_streams 1\n"));
+    let mut stream = std::net::TcpStream::from(socket);
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close";
+    stream.write_all(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+    world.wait_until("the engine does not wait for the reader", |stats| stats.ended == 16);
+    stream
+}
+
+#[test]
+fn a_reader_that_begins_late_gets_everything() {
+    let world = World::new();
+    let stream = open_long_stream(&world);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let events = Response::read(stream).events();
+    assert_eq!(num_shown(&events), 16 * 200, "an event for each token");
+    let whole = world.post("/v1/completions", &completion(200)).json()["choices"][0]["text"].clone();
+    assert!((0..16).all(|index| text_of(&events, index) == whole.as_str().unwrap()));
+}
+
+#[test]
+fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
+    let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
+    let stalled = open_long_stream(&world);
+    let wait_for = |num_streams: u32| {
+        let (line, deadline) =
+            (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));
+        while !world.get("/metrics").body.contains(&line) {
+            assert!(Instant::now() < deadline, "never so: {line}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    wait_for(1);
     assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !world.get("/metrics").body.contains("slora:open_streams 0\n") {
-        assert!(Instant::now() < deadline, "the stalled reader was not dropped");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_for(0);
     assert!(world.get("/metrics").body.contains("slora:disconnects_total 1\n"));
     assert_eq!(world.get("/load").json()["server_load"], 0);
     drop(stalled);

@@ -55,7 +55,7 @@ impl std::fmt::Display for LoadFailure {
 }
 
 /// What [`Engine::adapter_info`](crate::Engine::adapter_info) tells.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdapterInfo {
     /// Which version.
     pub id: AdapterId,

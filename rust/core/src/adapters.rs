@@ -108,6 +108,14 @@ impl Engine {
         self.registry.names.keys().filter_map(|name| self.registry.info(name))
     }
 
+    /// A name whose [`adapter_info`](Self::adapter_info) may be another than when this returned it last, and what it is now;
+    /// `None` within: the name is gone.
+    pub fn next_changed_adapter(&mut self) -> Option<(Arc<str>, Option<AdapterInfo>)> {
+        let name = self.registry.next_changed()?;
+        let info = self.registry.info(&name);
+        Some((name, info))
+    }
+
     /// The next adapter to read from disk.
     pub fn next_load(&mut self) -> Option<Load> {
         self.loads.pop_front()

@@ -69,6 +69,8 @@ pub(crate) struct Adapter {
     pub is_retired: bool,
     /// The loader was asked to stop.
     pub is_load_cancelled: bool,
+    /// Its name is among those that changed.
+    is_changed: bool,
     pub failure: Option<LoadFailure>,
     pub descriptor_row: Option<u32>,
     /// Recent use: a count that halves every [`HALF_LIFE_US`].
@@ -172,6 +174,8 @@ pub(crate) struct Registry {
     places: Vec<Option<Adapter>>,
     generations: Vec<u32>,
     vacant: Vec<u32>,
+    /// Versions that were written to since somebody asked, with their names.
+    changed: Vec<(u32, Arc<str>)>,
     pub names: HashMap<Arc<str>, Name>,
 }
 
@@ -183,11 +187,26 @@ impl Registry {
         }
     }
 
+    /// Every change of a version, or of what a name means, comes through here or through [`insert`](Self::insert).
     pub fn get_mut(&mut self, index: u32) -> &mut Adapter {
         match &mut self.places[index as usize] {
-            Some(adapter) => adapter,
+            Some(adapter) => {
+                if !std::mem::replace(&mut adapter.is_changed, true) {
+                    self.changed.push((index, adapter.name.clone()));
+                }
+                adapter
+            }
             None => unreachable!("a bound adapter is registered"),
         }
+    }
+
+    /// A name that may have changed since it was returned last.
+    pub fn next_changed(&mut self) -> Option<Arc<str>> {
+        let (index, name) = self.changed.pop()?;
+        if let Some(adapter) = &mut self.places[index as usize] {
+            adapter.is_changed = false;
+        }
+        Some(name)
     }
 
     /// The place of `id`, if that version still exists.
@@ -207,6 +226,7 @@ impl Registry {
             self.places.len() as u32 - 1
         });
         self.generations[index as usize] += 1;
+        self.changed.push((index, name.clone()));
         self.places[index as usize] = Some(Adapter {
             name,
             version,
@@ -224,6 +244,7 @@ impl Registry {
             is_pinned: false,
             is_retired: false,
             is_load_cancelled: false,
+            is_changed: true,
             failure: None,
             descriptor_row: None,
             use_count: 0.0,

@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod delivery;
+mod directory;
 mod error;
 #[allow(unsafe_code, reason = "the one place that hands out raw host pages; its contract is stated there")]
 mod host;

@@ -1,5 +1,6 @@
 //! What a request has brought so far, between the delivery thread and the request's reader.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -120,18 +121,25 @@ pub(crate) struct Channel {
     state: Mutex<ChannelState>,
 }
 
+/// A generated token that nobody has looked at yet. A slow reader has many of them.
+struct Token {
+    id: u32,
+    at: Instant,
+}
+
 #[derive(Default)]
 struct ChannelState {
     text: Option<TextState>,
+    /// What is new, but for these tokens and their log-probabilities, if asked for.
     delta: Delta,
-    /// Pieces of the delta whose text is made.
-    num_decoded: usize,
+    tokens: VecDeque<Token>,
+    logprobs: VecDeque<TokenLogprobs>,
     num_tokens: u32,
     /// The end comes right behind what is being pushed.
     is_ending: bool,
     /// The token of the running step ends the request and is no text.
     hides_last: bool,
-    /// The last piece is such a token.
+    /// The last token is such a one.
     is_last_hidden: bool,
     /// The reader was told and has not looked yet.
     is_signalled: bool,
@@ -198,10 +206,11 @@ impl Channel {
         }
         state.num_tokens += 1;
         state.is_last_hidden = state.hides_last;
-        state.delta.pieces.push(Piece { token, text: String::new(), logprobs, at });
+        state.tokens.push_back(Token { id: token, at });
+        state.logprobs.extend(logprobs);
         let mut progress = TextProgress::Quiet;
         if self.has_stops {
-            state.decode();
+            state.decode(usize::MAX);
             let is_over = state.delta.end.is_some();
             progress = if is_over { TextProgress::Ended } else { TextProgress::Checked(state.num_tokens) };
         }
@@ -219,11 +228,7 @@ impl Channel {
     pub fn end(&self, end: End) {
         let mut state = self.lock();
         if state.delta.end.is_none() {
-            state.decode();
-            if state.delta.end.is_none() {
-                state.delta.end = Some(end);
-            }
-            state.finish();
+            state.delta.end = Some(end);
             self.signal(state);
         }
     }
@@ -243,27 +248,25 @@ impl Channel {
 }
 
 impl ChannelState {
-    /// Makes the text of the pieces that have none yet. A stop string or an error ends the request.
-    fn decode(&mut self) {
-        let Some(text) = &mut self.text else {
-            self.num_decoded = self.delta.pieces.len();
-            return;
-        };
-        let visible = self.delta.pieces.len() - usize::from(self.is_last_hidden && !self.delta.pieces.is_empty());
-        while self.num_decoded < visible && self.delta.end.is_none() {
-            let piece = &mut self.delta.pieces[self.num_decoded];
-            match text.push(piece.token) {
-                Ok((new, stopped)) => {
-                    piece.text = new;
-                    self.delta.end = stopped.map(End::StopString);
+    /// Makes pieces with their text of the first `limit` tokens that came. A stop string or an error ends the request: tokens
+    /// behind it are not part of the output.
+    fn decode(&mut self, limit: usize) {
+        for _ in 0..limit {
+            let Some(Token { id: token, at }) = self.tokens.pop_front() else { break };
+            let is_hidden = self.tokens.is_empty() && std::mem::take(&mut self.is_last_hidden);
+            let mut piece = Piece { token, text: String::new(), logprobs: self.logprobs.pop_front(), at };
+            match self.text.as_mut().filter(|_| !is_hidden).map(|text| text.push(token)) {
+                Some(Ok((text, stopped))) => {
+                    piece.text = text;
+                    self.delta.end = stopped.map(End::StopString).or(self.delta.end.take());
                 }
-                Err(error) => self.delta.end = Some(End::Error(error.into())),
+                Some(Err(error)) => self.delta.end = Some(End::Error(error.into())),
+                None => {}
             }
-            self.num_decoded += 1;
-        }
-        if matches!(self.delta.end, Some(End::StopString(_))) {
-            // Tokens behind the stop are not part of the output.
-            self.delta.pieces.truncate(self.num_decoded);
+            self.delta.pieces.push(piece);
+            if matches!(self.delta.end, Some(End::StopString(_) | End::Error(_))) {
+                self.tokens.clear();
+            }
         }
     }
 
@@ -309,15 +312,19 @@ impl Output {
 
     /// What is new. Text is made here, on the reader's time.
     pub fn take(&self) -> Delta {
+        self.take_up_to(usize::MAX)
+    }
+
+    /// The same, with text of so many tokens at most, unless stop strings were looked for in more: what is left stays as
+    /// it is, a token in few bytes, and the reader is woken for it again. The end comes with the last of it.
+    pub fn take_up_to(&self, max_tokens: usize) -> Delta {
         let mut state = self.channel.lock();
         state.is_signalled = false;
-        state.decode();
-        let had_end = state.delta.end.is_some();
-        if had_end {
+        state.decode(max_tokens);
+        let is_whole = state.tokens.is_empty();
+        if is_whole && state.delta.end.is_some() {
             state.finish();
         }
-        state.num_decoded = 0;
-        state.is_last_hidden = false;
         let next = Delta {
             is_accepted: state.delta.is_accepted,
             version: state.delta.version,
@@ -326,8 +333,13 @@ impl Output {
             end: state.delta.end.clone(),
             ..Delta::default()
         };
-        let delta = std::mem::replace(&mut state.delta, next);
-        drop(state);
+        let mut delta = std::mem::replace(&mut state.delta, next);
+        if is_whole {
+            drop(state);
+        } else {
+            delta.end = None;
+            self.channel.signal(state);
+        }
         if matches!(delta.end, Some(End::StopString(_) | End::Error(_))) {
             self.cancel();
         }

@@ -12,6 +12,7 @@ use slora_store::{Adapter, BaseSpec, Report};
 use slora_text::{Detokenizer, StopStrings, TextModel};
 
 use crate::delivery::{Delivery, Message};
+use crate::directory::Directory;
 use crate::error::{RegisterError, RequestError};
 use crate::host::HostMemory;
 use crate::inbox::{Command, Inbox, Refused};
@@ -93,6 +94,7 @@ pub struct AdapterDetails {
 /// What client threads and the step thread share.
 pub(crate) struct Shared {
     pub inbox: Arc<Inbox>,
+    pub directory: Directory,
     state: Mutex<State>,
     snapshot: Mutex<Snapshot>,
     timings: Mutex<Timings>,
@@ -145,8 +147,8 @@ impl Runtime {
         let engine = Engine::new(EngineConfig { num_host_pages: host.num_pages(), ..engine })?;
         base.max_adapter_pages = engine.config().max_adapter_pages;
         let inbox = Arc::new(Inbox::default());
-        let (state, snapshot, timings) = Default::default();
-        let shared = Arc::new(Shared { inbox: inbox.clone(), state, snapshot, timings });
+        let (directory, state, snapshot, timings) = Default::default();
+        let shared = Arc::new(Shared { inbox: inbox.clone(), directory, state, snapshot, timings });
         let num_ready_slabs = host.num_ready_slabs();
         let started = Delivery::new(inbox.clone())
             .and_then(|delivery| Ok((delivery, Loader::new(num_loaders, num_ready_slabs, inbox)?)));
@@ -299,9 +301,7 @@ impl Runtime {
         pinned: bool,
     ) -> Result<AdapterDetails, RegisterError> {
         let name: Arc<str> = name.into();
-        let call = move |stepper: &mut Stepper| {
-            stepper.register(name, adapter, replace, pinned).map(|info| stepper.details(info))
-        };
+        let call = move |stepper: &mut Stepper| stepper.register(name, adapter, replace, pinned);
         self.call(call).map_err(RegisterError::Stopped)?
     }
 
@@ -331,27 +331,27 @@ impl Runtime {
         Ok(self.call(move |stepper| stepper.pin(&name, is_pinned)).map_err(RegisterError::Stopped)??)
     }
 
-    /// What a name means now; `None`: nothing.
+    fn directory(&self) -> Result<&Directory, RequestError> {
+        match self.state() {
+            State::Running => Ok(&self.shared.directory),
+            _ => Err(self.stopped()),
+        }
+    }
+
+    /// What a name means now; `None`: nothing. Never waits for the step thread.
     ///
     /// # Errors
     /// The engine has stopped.
     pub fn adapter(&self, name: &str) -> Result<Option<AdapterDetails>, RequestError> {
-        let name = name.to_owned();
-        self.call(move |stepper| stepper.engine().adapter_info(&name).map(|info| stepper.details(info)))
+        Ok(self.directory()?.get(name))
     }
 
-    /// All names, in alphabetical order.
+    /// All names, in alphabetical order. Never waits for the step thread.
     ///
     /// # Errors
     /// The engine has stopped.
     pub fn adapters(&self) -> Result<Vec<AdapterDetails>, RequestError> {
-        let all = self.call(|stepper| {
-            let infos: Vec<AdapterInfo> = stepper.engine().adapters().collect();
-            infos.into_iter().map(|info| stepper.details(info)).collect::<Vec<_>>()
-        })?;
-        let mut all = all;
-        all.sort_by(|a, b| a.info.name.cmp(&b.info.name));
-        Ok(all)
+        Ok(self.directory()?.all())
     }
 
     /// The first `num_slabs` slabs of the host tier may be copied from. Never waits for the step thread.

@@ -14,7 +14,7 @@ use crate::host::HostMemory;
 use crate::inbox::Command;
 use crate::loader::Loader;
 use crate::output::TokenLogprobs;
-use crate::runtime::{Shared, Snapshot};
+use crate::runtime::{AdapterDetails, Shared, Snapshot};
 
 /// Log-probabilities that a step brought, in the order of the plan's rows; empty: not asked for.
 #[derive(Clone, Debug, Default)]
@@ -215,8 +215,19 @@ impl Stepper {
         }
     }
 
-    /// Hands over what happened, behind the statistics that include it.
+    /// Shows changed adapters to everybody.
+    fn publish_adapters(&mut self) {
+        let (engine, adapters) = (&mut self.engine, &self.adapters);
+        let changes = std::iter::from_fn(|| engine.next_changed_adapter());
+        self.shared.directory.update(changes.map(|(name, info)| {
+            let details = info.map(|info| AdapterDetails { checkpoint: adapters.get(&info.id).cloned(), info });
+            (name, details)
+        }));
+    }
+
+    /// Hands over what happened, behind the adapters and the statistics that include it.
     fn publish(&mut self, logprobs: StepLogprobs) {
+        self.publish_adapters();
         self.snapshot.engine = self.engine.stats();
         self.shared.publish(self.snapshot.clone());
         let mut events = Events::default();
@@ -237,7 +248,7 @@ impl Stepper {
         adapter: Adapter,
         replace: bool,
         pinned: bool,
-    ) -> Result<AdapterInfo, RegisterError> {
+    ) -> Result<AdapterDetails, RegisterError> {
         let spec = AdapterSpec {
             num_pages: adapter.num_pages(),
             bytes: adapter.bytes(),
@@ -249,19 +260,21 @@ impl Stepper {
         if pinned {
             self.engine.pin(&name)?;
         }
-        self.engine.adapter_info(&name).ok_or(slora_core::AdapterError::Unknown(name).into())
+        self.publish_adapters();
+        self.shared.directory.get(&name).ok_or(slora_core::AdapterError::Unknown(name).into())
     }
 
     pub(crate) fn unload(&mut self, name: &str) -> Result<(), slora_core::AdapterError> {
-        self.engine.unload(name)
+        self.engine.unload(name)?;
+        self.publish_adapters();
+        Ok(())
     }
 
     pub(crate) fn pin(&mut self, name: &str, is_pinned: bool) -> Result<(), slora_core::AdapterError> {
-        if is_pinned { self.engine.pin(name) } else { self.engine.unpin(name) }
-    }
-
-    pub(crate) fn details(&self, info: AdapterInfo) -> crate::AdapterDetails {
-        crate::AdapterDetails { checkpoint: self.adapters.get(&info.id).cloned(), info }
+        let pin = if is_pinned { Engine::pin } else { Engine::unpin };
+        pin(&mut self.engine, name)?;
+        self.publish_adapters();
+        Ok(())
     }
 
     pub(crate) fn close(&mut self) {

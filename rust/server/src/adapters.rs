@@ -65,16 +65,16 @@ pub(crate) async fn unload_vllm(call: Call) -> Answer {
 
 /// `GET /v1/adapters`.
 pub(crate) async fn list(call: Call) -> Answer {
-    let adapters = call.app.call(|app| Ok(app.runtime.adapters()?)).await?;
-    let data: Vec<Value> = adapters.iter().map(resource).collect();
-    Ok(json_response(&json!({"object": "list", "data": data})))
+    let render = |app: &App| {
+        let data: Vec<Value> = app.runtime.adapters()?.iter().map(resource).collect();
+        Ok(json_response(&json!({"object": "list", "data": data})))
+    };
+    call.app.render(render).await
 }
 
 /// `GET /v1/adapters/{name}`.
 pub(crate) async fn get(call: Call) -> Answer {
-    let name = call.param;
-    let details = call.app.call(move |app| details(app, &name)).await?;
-    Ok(json_response(&resource(&details)))
+    Ok(json_response(&resource(&details(&call.app, &call.param)?)))
 }
 
 /// `PUT /v1/adapters/{name}`: registers, replaces, pins or unpins. Without a path the weights stay what they are.

@@ -55,6 +55,11 @@ impl Admission {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Requests that may be unfinished.
+    pub fn max_requests(&self) -> u64 {
+        self.bounds.requests
+    }
+
     pub fn load(&self) -> Load {
         self.lock().load
     }

@@ -18,14 +18,15 @@ use crate::fields::{Fields, shown};
 use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
 use crate::schema;
-use crate::status::Recent;
 use crate::text_pool::TextPool;
 
 /// Names of unknown fields that are logged, each once.
 const MAX_LOGGED_FIELDS: usize = 1024;
 /// Calls to the step thread that wait for it at once.
 const MAX_CALLS: usize = 8;
-/// A call that the step thread has not answered by then is refused.
+/// Answers about all adapters that are made at once.
+const MAX_RENDERS: usize = 2;
+/// A call that has no result by then is refused.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The server's state.
@@ -42,9 +43,9 @@ pub(crate) struct App {
     /// Folders beneath which paths over HTTP must lie, links resolved.
     pub roots: Vec<PathBuf>,
     pub started_unix_s: u64,
-    pub recent_adapters: Recent,
     is_draining: AtomicBool,
     calls: Arc<Semaphore>,
+    renders: Arc<Semaphore>,
     logged_fields: Mutex<HashSet<String>>,
 }
 
@@ -73,9 +74,9 @@ impl App {
             base_names: config.base_names(),
             roots,
             started_unix_s: unix_time_s() as u64,
-            recent_adapters: Recent::default(),
             is_draining: AtomicBool::new(false),
             calls: Arc::new(Semaphore::new(MAX_CALLS)),
+            renders: Arc::new(Semaphore::new(MAX_RENDERS)),
             logged_fields: Mutex::default(),
             runtime,
             config,
@@ -106,11 +107,17 @@ impl App {
         }
     }
 
+    /// Choices of one request at most: what is configured, or fewer where more of them could never be unfinished at once.
+    pub fn max_choices(&self) -> usize {
+        let unfinished = self.admission.max_requests().min(u64::from(self.runtime.config().max_waiting));
+        self.config.limits.max_n.min(unfinished as usize)
+    }
+
     /// What depends on this server in the fields of its bodies.
     pub fn bounds(&self) -> schema::Bounds {
         let (limits, engine) = (&self.config.limits, self.runtime.config());
         schema::Bounds {
-            max_n: limits.max_n,
+            max_n: self.max_choices(),
             max_messages: limits.max_messages,
             max_context: engine.max_context,
             vocab_size: engine.vocab_size,
@@ -160,14 +167,30 @@ impl App {
         self: &Arc<Self>,
         call: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let app = self.clone();
-        let run = async move {
-            let Ok(permit) = app.calls.clone().acquire_owned().await else {
+        self.run(&self.calls, call).await
+    }
+
+    /// Runs `render`, which waits for nobody but may have thousands of adapters to show, off the threads that do HTTP.
+    pub async fn render<T: Send + 'static>(
+        self: &Arc<Self>,
+        render: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        self.run(&self.renders, render).await
+    }
+
+    async fn run<T: Send + 'static>(
+        self: &Arc<Self>,
+        places: &Arc<Semaphore>,
+        work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let run = async {
+            let Ok(place) = places.clone().acquire_owned().await else {
                 return Err(ApiError::unavailable("the server is shutting down"));
             };
+            let app = self.clone();
             let work = move || {
-                let result = call(&app);
-                drop(permit);
+                let result = work(&app);
+                drop(place);
                 result
             };
             tokio::task::spawn_blocking(work)

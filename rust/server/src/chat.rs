@@ -171,7 +171,7 @@ fn part_text(part: &Value) -> Option<&str> {
 /// `logprobs` turns them on, `top_logprobs` says how many.
 fn take_logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
     let is_on = fields.take("logprobs")?.unwrap_or(false);
-    let top: Option<u32> = fields.take("top_logprobs")?;
+    let top: Option<u32> = fields.take_whole("top_logprobs")?;
     let most = SamplingParams::MAX_LOGPROBS;
     match (is_on, top) {
         (_, Some(top)) if top > most => {

@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 use slora_text::TextModel;
 
 use crate::errors::ApiError;
-use crate::fields::{Fields, parse, type_error};
+use crate::fields::{Fields, Whole, type_error, values};
 use crate::inference::{Inference, admit, check_text_len, run};
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -58,7 +58,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     let streaming = take_streaming(&fields)?;
     let given = take_prompt(&fields)?;
     let echo = fields.take("echo")?.unwrap_or(false);
-    let logprobs: Option<u32> = fields.take("logprobs")?;
+    let logprobs: Option<u32> = fields.take_whole("logprobs")?;
     let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
     let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
     let mut sampling = sampling::take(&fields, &app.config.sampling_defaults, &app.config.limits)?;
@@ -113,10 +113,13 @@ fn parse_prompt(raw: &RawValue) -> Result<Vec<Given>, serde_json::Error> {
     let inner = text.trim_start_matches(['[', ' ', '\t', '\n', '\r']).chars().next();
     let brackets = text.chars().take_while(|c| !matches!(c, '0'..='9' | '"' | ']')).filter(|c| *c == '[').count();
     match (brackets, inner) {
-        (0, _) => Ok(vec![Given::Text(parse(raw)?)]),
-        (1, Some('"')) => Ok(parse::<Vec<String>>(raw)?.into_iter().map(Given::Text).collect()),
-        (1, _) => Ok(vec![Given::Ids(parse(raw)?)]),
-        _ => Ok(parse::<Vec<Vec<u32>>>(raw)?.into_iter().map(Given::Ids).collect()),
+        (0, _) => Ok(vec![Given::Text(serde_json::from_str(text)?)]),
+        (1, Some('"')) => Ok(serde_json::from_str::<Vec<String>>(text)?.into_iter().map(Given::Text).collect()),
+        (1, _) => Ok(vec![Given::Ids(values(serde_json::from_str(text)?))]),
+        _ => {
+            let lists: Vec<Vec<Whole<u32>>> = serde_json::from_str(text)?;
+            Ok(lists.into_iter().map(|ids| Given::Ids(values(ids))).collect())
+        }
     }
 }
 

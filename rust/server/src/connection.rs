@@ -4,13 +4,14 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
+use futures_util::task::AtomicWaker;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -27,8 +28,43 @@ const MAX_HEADERS: usize = 256;
 /// hyper's buffer is larger than the limit on headers, so that the router can say in its own shape what is too large.
 const MIN_BUFFER_BYTES: usize = 128 << 10;
 
+/// While so many bytes of a stream wait for the socket, no further text is made.
+const MAX_UNSENT_BYTES: usize = 16 << 10;
+
 /// How long a client may take to close its side after the last answer.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// What a connection's stream has made and its socket has not taken, as far as streams must know: what goes around their
+/// events on the line is not counted.
+#[derive(Debug, Default)]
+pub(crate) struct Unsent {
+    bytes: AtomicUsize,
+    stream: AtomicWaker,
+}
+
+impl Unsent {
+    /// Ready once there is room for more.
+    pub fn poll_room(&self, context: &mut Context<'_>) -> Poll<()> {
+        if self.bytes.load(Ordering::Relaxed) < MAX_UNSENT_BYTES {
+            return Poll::Ready(());
+        }
+        // A connection is one task: nothing is taken between these lines.
+        self.stream.register(context.waker());
+        Poll::Pending
+    }
+
+    pub fn add(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn remove(&self, bytes: usize) {
+        let before = self.bytes.load(Ordering::Relaxed);
+        self.bytes.store(before.saturating_sub(bytes), Ordering::Relaxed);
+        if before >= MAX_UNSENT_BYTES {
+            self.stream.wake();
+        }
+    }
+}
 
 /// Serves one connection to its end. With `stop`, it ends after the request that is being answered.
 pub(crate) async fn serve(
@@ -40,8 +76,9 @@ pub(crate) async fn serve(
 ) {
     let _count = OpenConnection::new(app.clone());
     let limits = &app.config.limits;
+    let unsent = peer.unsent.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(peer);
+        request.extensions_mut().insert(peer.clone());
         // The router is ready at all times.
         router.clone().call(request.map(Body::new))
     });
@@ -51,7 +88,7 @@ pub(crate) async fn serve(
         .header_read_timeout(Duration::from_secs_f64(limits.header_timeout_s))
         .max_buf_size((2 * limits.max_header_bytes).max(MIN_BUFFER_BYTES))
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(Timed { stream, stall, timer: None }), service);
+        .serve_connection(TokioIo::new(Timed { stream, stall, unsent, timer: None }), service);
     tokio::pin!(connection);
     let mut is_stopping = *stop.borrow_and_update();
     loop {
@@ -84,10 +121,12 @@ impl Drop for OpenConnection {
     }
 }
 
-/// A socket that fails when its reader takes nothing for too long, and that is closed so that the last answer arrives.
+/// A socket that fails when its reader takes nothing for too long, and that is closed so that the last answer arrives. It
+/// has no vectored writes: for small events they cost more than they save.
 struct Timed {
     stream: TcpStream,
     stall: Duration,
+    unsent: Arc<Unsent>,
     /// Runs while a write waits, or while the client has not closed its side.
     timer: Option<Pin<Box<Sleep>>>,
 }
@@ -117,20 +156,10 @@ impl AsyncRead for Timed {
 impl AsyncWrite for Timed {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        if let Poll::Ready(Ok(written)) = &polled {
+            self.unsent.remove(*written);
+        }
         self.watch(context, polled)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let polled = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.watch(context, polled)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -153,5 +182,28 @@ impl AsyncWrite for Timed {
             }
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::task::noop_waker;
+
+    use super::*;
+
+    #[test]
+    fn a_stream_makes_no_more_than_the_socket_should_hold() {
+        let (unsent, waker) = (Unsent::default(), noop_waker());
+        let has_room = |unsent: &Unsent| unsent.poll_room(&mut Context::from_waker(&waker)).is_ready();
+        unsent.add(MAX_UNSENT_BYTES - 1);
+        assert!(has_room(&unsent));
+        unsent.add(1);
+        assert!(!has_room(&unsent));
+        unsent.remove(1);
+        assert!(has_room(&unsent));
+        // With what goes around events, the socket takes more than streams have made.
+        unsent.remove(2 * MAX_UNSENT_BYTES);
+        unsent.add(MAX_UNSENT_BYTES);
+        assert!(!has_room(&unsent));
     }
 }

@@ -3,7 +3,6 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::time::Duration;
 
 use slora_core::{AdapterState, Stats};
 use slora_runtime::{AdapterDetails, Distribution, Timings};
@@ -16,16 +15,16 @@ use crate::metrics::TOP_ADAPTERS;
 use crate::process;
 use crate::router::{Answer, Call, typed_response};
 
-/// How long the route waits for the step thread; without its answer the adapters' series are left out.
-const ADAPTERS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Names in one label of `lora_requests_info`, the busiest.
 const MAX_LISTED: usize = 256;
 
 /// The route.
 pub(crate) async fn expose(call: Call) -> Answer {
-    let app = call.app;
-    let adapters = app.call(|app| Ok(app.runtime.adapters()?));
-    let adapters = tokio::time::timeout(ADAPTERS_TIMEOUT, adapters).await;
+    let text = call.app.render(|app| Ok(exposition(app))).await?;
+    Ok(typed_response("text/plain; version=0.0.4; charset=utf-8", text))
+}
+
+fn exposition(app: &App) -> String {
     let stats = app.runtime.snapshot();
     let mut out = String::with_capacity(32 << 10);
     let prefix = &app.config.metrics_prefix;
@@ -36,7 +35,8 @@ pub(crate) async fn expose(call: Call) -> Answer {
     let name = format!("{prefix}:iteration_tokens_total");
     write_distribution(&mut out, &name, "Token rows of a step.", &labels, &timings.step_rows);
     app.metrics.write_common(&mut out, prefix, &labels);
-    if let Ok(Ok(adapters)) = adapters {
+    // An engine that has failed has none.
+    if let Ok(adapters) = app.runtime.adapters() {
         write_adapters(&mut out, prefix, &adapters, app.runtime.config().max_adapters);
     }
     write_pool(&mut out, &stats.engine);
@@ -44,9 +44,9 @@ pub(crate) async fn expose(call: Call) -> Answer {
     app.metrics.write_own(&mut out);
     header(&mut out, "slora:ready", "gauge", "Whether requests are taken.");
     let _ = writeln!(out, "slora:ready {}", u8::from(app.unready().is_none()));
-    write_load(&mut out, &app);
+    write_load(&mut out, app);
     process::write(&mut out);
-    Ok(typed_response("text/plain; version=0.0.4; charset=utf-8", out))
+    out
 }
 
 fn write_load(out: &mut String, app: &App) {

@@ -1,17 +1,14 @@
 //! A JSON object, field by field: each one is taken by its name in the body's table.
 
+use std::marker::PhantomData;
+
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, Unexpected, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::errors::ApiError;
 use crate::schema::{self, Role};
-
-/// Longer values are looked at once: as a tree they would take many times their length.
-const MAX_LENIENT_BYTES: usize = 64 << 10;
-/// 2⁵³: above it floats skip integers.
-const MAX_WHOLE_FLOAT: f64 = 9_007_199_254_740_992.0;
 
 /// Fields of one object at most.
 const MAX_FIELDS: usize = 256;
@@ -75,7 +72,17 @@ impl<'a> Fields<'a> {
     /// A field's value; `None`: absent or null.
     pub fn take<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, ApiError> {
         let Some(raw) = self.raw(name) else { return Ok(None) };
-        parse(raw).map(Some).map_err(|error| type_error(name, &error))
+        serde_json::from_str(raw.get()).map(Some).map_err(|error| type_error(name, &error))
+    }
+
+    /// An integer; `None`: absent or null.
+    pub fn take_whole<T: TryFrom<i64>>(&self, name: &str) -> Result<Option<T>, ApiError> {
+        Ok(self.take(name)?.map(|Whole(value)| value))
+    }
+
+    /// A list of integers; `None`: absent or null.
+    pub fn take_wholes<T: TryFrom<i64>>(&self, name: &str) -> Result<Option<Vec<T>>, ApiError> {
+        Ok(self.take(name)?.map(values))
     }
 
     /// A field that must be there.
@@ -92,31 +99,40 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A field's value. Numbers like `5.0` are whole ones, as in JSON Schema, where whole ones are wanted.
-pub(crate) fn parse<T: DeserializeOwned>(raw: &RawValue) -> Result<T, serde_json::Error> {
-    serde_json::from_str(raw.get()).or_else(|error| {
-        if !error.is_data() || raw.get().len() > MAX_LENIENT_BYTES {
-            return Err(error);
-        }
-        let mut value: Value = serde_json::from_str(raw.get())?;
-        if !make_whole(&mut value) {
-            return Err(error);
-        }
-        serde_json::from_value(value).map_err(|_| error)
-    })
+/// An integer. One that is written with a point or an exponent is an integer too, as in JSON Schema: `5.0`, `1e3`.
+pub(crate) struct Whole<T>(pub T);
+
+impl<'de, T: TryFrom<i64>> Deserialize<'de> for Whole<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_i64(ReadWhole(PhantomData))
+    }
 }
 
-/// Integers in the place of floats that are whole, as far as floats tell them apart. Whether there was one.
-fn make_whole(value: &mut Value) -> bool {
-    match value {
-        Value::Number(number) => {
-            let is_whole = |float: &f64| float.fract() == 0.0 && float.abs() <= MAX_WHOLE_FLOAT;
-            let whole = number.as_f64().filter(|float| number.is_f64() && is_whole(float));
-            whole.map(|float| *value = (float as i64).into()).is_some()
+struct ReadWhole<T>(PhantomData<T>);
+
+impl<T: TryFrom<i64>> Visitor<'_> for ReadWhole<T> {
+    type Value = Whole<T>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(std::any::type_name::<T>())
+    }
+
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
+        let out_of_range = |_| E::invalid_value(Unexpected::Signed(value), &self);
+        T::try_from(value).map(Whole).map_err(out_of_range)
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
+        match i64::try_from(value) {
+            Ok(value) => self.visit_i64(value),
+            Err(_) => Err(E::invalid_value(Unexpected::Unsigned(value), &self)),
         }
-        Value::Array(values) => values.iter_mut().fold(false, |found, value| make_whole(value) | found),
-        Value::Object(map) => map.values_mut().fold(false, |found, value| make_whole(value) | found),
-        _ => false,
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
+        // -2⁶³ and 2⁶³ are floats, the integers next to them are not.
+        let is_whole = value.fract() == 0.0 && (i64::MIN as f64..-(i64::MIN as f64)).contains(&value);
+        if is_whole { self.visit_i64(value as i64) } else { Err(E::invalid_type(Unexpected::Float(value), &self)) }
     }
 }
 
@@ -125,6 +141,11 @@ fn says_nothing(value: &RawValue, idle: &[&str]) -> bool {
     let parse = |text: &str| serde_json::from_str::<Value>(text).ok();
     let is = |idle: &&str| value.get() == *idle || (value.get().len() < 256 && parse(value.get()) == parse(idle));
     value.get() == "null" || idle.iter().any(is)
+}
+
+/// Integers as what they are.
+pub(crate) fn values<T>(wholes: Vec<Whole<T>>) -> Vec<T> {
+    wholes.into_iter().map(|Whole(value)| value).collect()
 }
 
 /// A wrong type, without the parser's position: the field is named instead.
@@ -212,14 +233,22 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_number_may_be_written_with_a_point() {
-        let taken = |json: &str| Fields::parse(json.as_bytes(), 64, BODY).unwrap().take::<Vec<u32>>("n").ok().flatten();
-        assert_eq!(taken(r#"{"n": [1.0, 2, 3e2]}"#), Some(vec![1, 2, 300]));
-        let long = format!("{{\"n\": [{}1.0]}}", "1, ".repeat(MAX_LENIENT_BYTES / 3));
-        assert_eq!(taken(&long), None);
-        for wrong in ["[1.5]", "[-1.0]", "[1e30]", "[\"1.0\"]", "1.0"] {
-            assert_eq!(taken(&format!("{{\"n\": {wrong}}}")), None, "{wrong}");
+    fn an_integer_may_be_written_with_a_point() {
+        let parsed = |json: &str| serde_json::from_str(json).ok().map(values::<u32>);
+        assert_eq!(parsed("[1.0, 2, 3e2, -0.0]"), Some(vec![1, 2, 300, 0]));
+        assert_eq!(parsed(&format!("[{}1.0]", "1.0, ".repeat(100_000))).map(|list| list.len()), Some(100_001));
+        for wrong in ["[1.5]", "[-1.0]", "[4294967296.0]", "[1e30]", "[\"1.0\"]", "[true]", "[null]", "1.0"] {
+            assert_eq!(parsed(wrong), None, "{wrong}");
         }
+        let ends = |json: &str| serde_json::from_str(json).ok().map(|Whole::<i64>(value)| value);
+        assert_eq!(ends("-9.223372036854775808e18"), Some(i64::MIN));
+        assert_eq!([ends("9.223372036854775808e18"), ends("9223372036854775808")], [None, None]);
+        let fields = Fields::parse(br#"{"n": 1.5}"#, 64, BODY).unwrap();
+        let error = fields.take_whole::<u32>("n").unwrap_err();
+        assert_eq!(
+            (error.code, &*error.message),
+            ("invalid_type", "n: invalid type: floating point `1.5`, expected u32")
+        );
     }
 
     #[test]

@@ -16,6 +16,9 @@ use crate::quota::Place;
 use crate::record::Record;
 use crate::sampling::Sampling;
 
+/// Tokens of a choice that are made text at once: more of them wait as ids until these have been written.
+const MAX_TAKEN: usize = 64;
+
 /// Wakes the one task that reads all choices, and tells it which have something new.
 #[derive(Default)]
 struct Bell {
@@ -160,7 +163,7 @@ impl Generation {
         for index in &ready {
             let index = *index as usize;
             if self.choices[index].is_open {
-                let delta = self.choices[index].output.take();
+                let delta = self.choices[index].output.take_up_to(MAX_TAKEN);
                 self.note(index, &delta);
                 into.push((index, delta));
             }

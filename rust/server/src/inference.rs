@@ -7,6 +7,7 @@ use slora_runtime::{Delta, End};
 
 use crate::admission::{Load, Reservation};
 use crate::app::{App, Target};
+use crate::connection::Unsent;
 use crate::errors::ApiError;
 use crate::generation::{Generation, OpenStream, Start};
 use crate::log::unix_time_s;
@@ -15,7 +16,7 @@ use crate::record::Record;
 use crate::reply::{Collected, Prompt, Reply, Shape};
 use crate::router::{Answer, Call, json_response, new_id};
 use crate::sampling::{Sampling, Streaming};
-use crate::sse::EventStream;
+use crate::sse::{EventStream, Outlet};
 
 /// A request whose fields were understood.
 pub(crate) struct Inference {
@@ -39,11 +40,14 @@ pub(crate) struct Admitted {
 pub(crate) fn admit(call: &mut Call, prompt_tokens: &[usize], n: u32) -> Result<Admitted, ApiError> {
     let app = &call.app;
     let choices = prompt_tokens.len() as u64 * u64::from(n);
-    let limit = app.config.limits.max_n as u64;
+    let limit = app.max_choices() as u64;
     if choices > limit {
         let message =
             format!("{} prompts with {n} choices each are {choices}, the limit is {limit}", prompt_tokens.len());
         return Err(ApiError::invalid("n", message));
+    }
+    if let Some(key) = &call.caller.key {
+        key.quota.check(choices)?;
     }
     let max_context = app.runtime.config().max_context as usize;
     let tokens: usize = prompt_tokens.iter().map(|tokens| (*tokens).min(max_context)).sum();
@@ -76,7 +80,7 @@ pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
 
 /// Runs a request whose prompts are ids now.
 pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, prompts: Vec<Prompt>) -> Answer {
-    let Call { app, caller, record, .. } = call;
+    let Call { app, caller, record, unsent, .. } = call;
     let Admitted { mut reservation, place } = admitted;
     let Inference { shape, target, sampling, streaming, .. } = inference;
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
@@ -105,7 +109,7 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
     let start = Start { adapter, account, prompts: ids, sampling, wakes_on_token, reservation, place };
     let generation = Generation::start(&app.runtime, app.metrics.clone(), record.clone(), start)?;
     if streaming.is_on {
-        stream(&app, record, generation, reply, stops).await
+        stream(&app, record, unsent, generation, reply, stops).await
     } else {
         whole(generation, &reply, &stops).await
     }
@@ -138,6 +142,7 @@ async fn whole(mut generation: Generation, reply: &Reply, stops: &[String]) -> A
 async fn stream(
     app: &App,
     record: Arc<Record>,
+    unsent: Arc<Unsent>,
     mut generation: Generation,
     reply: Reply,
     stops: Vec<String>,
@@ -159,6 +164,6 @@ async fn stream(
     }
     record.facts().is_stream = true;
     let keep_alive = Duration::from_secs_f64(limits.keep_alive_s);
-    let open = OpenStream::new(app.metrics.clone());
-    Ok(EventStream::new(reply, stops, generation, early, keep_alive, record, open).response())
+    let outlet = Outlet { keep_alive, unsent, record, _open: OpenStream::new(app.metrics.clone()) };
+    Ok(EventStream::new(reply, stops, generation, early, outlet).response())
 }

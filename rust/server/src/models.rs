@@ -12,11 +12,14 @@ use crate::router::{Answer, Call, json_response};
 /// All models that the caller may use.
 pub(crate) async fn list(call: Call) -> Answer {
     let Call { app, caller, .. } = call;
-    let adapters = app.call(|app| Ok(app.runtime.adapters()?)).await?;
-    let bases = app.base_names.iter().filter(|_| may_use_base(&app, &caller)).map(|name| base(&app, name));
-    let usable = adapters.iter().filter(|details| caller.may_use(&details.info.name));
-    let data: Vec<Value> = bases.chain(usable.map(|details| adapter(&app, details))).collect();
-    Ok(json_response(&json!({"object": "list", "data": data})))
+    let render = move |app: &App| {
+        let adapters = app.runtime.adapters()?;
+        let bases = app.base_names.iter().filter(|_| may_use_base(app, &caller)).map(|name| base(app, name));
+        let usable = adapters.iter().filter(|details| caller.may_use(&details.info.name));
+        let data: Vec<Value> = bases.chain(usable.map(|details| adapter(app, details))).collect();
+        Ok(json_response(&json!({"object": "list", "data": data})))
+    };
+    app.render(render).await
 }
 
 /// One model. What the caller may not use is as unknown as what is not there.
@@ -27,7 +30,7 @@ pub(crate) async fn get(call: Call) -> Answer {
         return Ok(json_response(&base(&app, &id)));
     }
     let name = app.resolve(&caller, Some(id))?.adapter.ok_or_else(|| unknown.clone())?;
-    let details = app.call(move |app| Ok(app.runtime.adapter(&name)?)).await?.ok_or(unknown)?;
+    let details = app.runtime.adapter(&name)?.ok_or(unknown)?;
     Ok(json_response(&adapter(&app, &details)))
 }
 

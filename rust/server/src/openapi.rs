@@ -70,7 +70,10 @@ fn responses(route: &Route) -> Value {
     let text = || json!({"schema": {"type": "string"}});
     let (status, content) = match route.reply {
         Reply::Json(name) => ("200", json!({"application/json": reference(name)})),
-        Reply::JsonOrEvents(name) => ("200", json!({"application/json": reference(name), "text/event-stream": text()})),
+        // OpenAPI 3.1 has no word for the items of a stream: as in OpenAI's own document, the schema is that of an event's data.
+        Reply::JsonOrEvents(name, event) => {
+            ("200", json!({"application/json": reference(name), "text/event-stream": reference(event)}))
+        }
         Reply::Text(kind) => ("200", json!({kind: text()})),
         Reply::Empty => ("200", Value::Null),
         Reply::NoContent => ("204", Value::Null),

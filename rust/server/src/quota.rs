@@ -15,6 +15,21 @@ pub(crate) struct Quota {
     pub tokens_per_minute: Option<u32>,
 }
 
+impl Quota {
+    /// Refuses a request of more choices than the key may ever have at once: waiting would not help. Tokens are charged
+    /// afterwards, so no request has too many of them to begin.
+    pub fn check(&self, choices: u64) -> Result<(), ApiError> {
+        let limits = [("requests at once", self.concurrency), ("requests a minute", self.requests_per_minute)];
+        for (what, limit) in limits {
+            if let Some(limit) = limit.filter(|limit| choices > u64::from(*limit)) {
+                let message = format!("the request has {choices} choices, this key may have {limit} {what}");
+                return Err(ApiError::invalid("n", message));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a key has used.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {
@@ -120,6 +135,19 @@ mod tests {
         let refused = usage.enter(&quota, 1, start).unwrap_err();
         assert_eq!(refused.retry_after_s, Some(20));
         assert!(usage.enter(&quota, 1, start + Duration::from_secs(21)).is_ok());
+    }
+
+    #[test]
+    fn what_no_waiting_would_let_in_is_a_mistake() {
+        let quota = Quota { concurrency: Some(3), requests_per_minute: Some(2), tokens_per_minute: Some(1) };
+        assert!(quota.check(2).is_ok());
+        let messages = [3, 4].map(|choices| {
+            let error = quota.check(choices).unwrap_err();
+            assert_eq!((error.status.as_u16(), error.param.as_deref(), error.retry_after_s), (400, Some("n"), None));
+            error.message
+        });
+        assert!(messages[0].contains("2 requests a minute") && messages[1].contains("3 requests at once"));
+        assert!(Quota::default().check(u64::MAX).is_ok());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use crate::admission::{Load, Reservation};
 use crate::app::App;
 use crate::auth::{Caller, Level};
+use crate::connection::Unsent;
 use crate::cors;
 use crate::errors::ApiError;
 use crate::fields::Fields;
@@ -30,9 +31,11 @@ const METRICS_PORT_ROUTES: [&str; 5] = ["/metrics", "/health", "/health/ready", 
 /// What a route sends back.
 pub(crate) type Answer = Result<Response<Body>, ApiError>;
 /// Where a request came in.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Peer {
     pub address: IpAddr,
+    /// Of its connection.
+    pub unsent: Arc<Unsent>,
     /// The second port, where `/metrics` needs no key and only it and the open routes are there.
     pub is_metrics_port: bool,
 }
@@ -42,7 +45,9 @@ pub(crate) struct Call {
     pub app: Arc<App>,
     pub caller: Caller,
     pub record: Arc<Record>,
-    /// What stands for the path's `{}`.
+    /// Of the connection that the answer goes to.
+    pub unsent: Arc<Unsent>,
+    /// What stands for the path's `{}`; without one, the path's last segment, which may be a name too.
     pub param: String,
     pub body: Bytes,
     /// Of the body's bytes; a request without a body has none.
@@ -66,7 +71,8 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
             let param = params.ok().and_then(|params: RawPathParams| {
                 params.iter().next().map(|(_, value)| value.trim_start_matches('/').to_owned())
             });
-            answer(app.clone(), route, param.unwrap_or_default(), request)
+            let last_segment = || route.path.rsplit('/').next().unwrap_or_default().to_owned();
+            answer(app.clone(), route, param.unwrap_or_else(last_segment), request)
         };
         router = router.route(route.path, on(route.verb.filter(), handler));
     }
@@ -132,7 +138,10 @@ async fn call(
     param: String,
     request: Request,
 ) -> Result<Call, ApiError> {
-    let caller = admit(app, route, &request)?;
+    let Some(peer) = request.extensions().get::<Peer>() else {
+        return Err(ApiError::internal("the connection's address is not known"));
+    };
+    let (caller, unsent) = (admit(app, route, &request, peer)?, peer.unsent.clone());
     record.facts().tenant = Some(caller.tenant.clone());
     let (mut body, mut reservation) = (Bytes::new(), None);
     if route.verb.has_body() {
@@ -141,10 +150,10 @@ async fn call(
         reservation = Some(app.admission.reserve(Load { bytes: len as u64, ..Load::default() })?);
         body = read_body(app, request.into_body()).await?;
     }
-    Ok(Call { app: app.clone(), caller, record: record.clone(), param, body, reservation, route })
+    Ok(Call { app: app.clone(), caller, record: record.clone(), unsent, param, body, reservation, route })
 }
 
-fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError> {
+fn admit(app: &App, route: &Route, request: &Request, peer: &Peer) -> Result<Caller, ApiError> {
     let headers = request.headers();
     let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     let bytes = bytes + request.uri().path_and_query().map_or(0, |path| path.as_str().len());
@@ -153,9 +162,6 @@ fn admit(app: &App, route: &Route, request: &Request) -> Result<Caller, ApiError
         let message = format!("the request's headers have {bytes} bytes, the limit is {limit}");
         return Err(ApiError::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message));
     }
-    let Some(peer) = request.extensions().get::<Peer>() else {
-        return Err(ApiError::internal("the connection's address is not known"));
-    };
     if !peer.is_metrics_port {
         return app.auth.admit(route.level, headers, peer.address);
     }

@@ -50,8 +50,8 @@ impl Verb {
 pub(crate) enum Reply {
     /// JSON, by its schema in `answers.json`.
     Json(&'static str),
-    /// The same, or server-sent events.
-    JsonOrEvents(&'static str),
+    /// The same, or server-sent events whose data is JSON by the second schema.
+    JsonOrEvents(&'static str, &'static str),
     /// Text of this media type.
     Text(&'static str),
     /// 200 without content.
@@ -102,8 +102,8 @@ const VALIDATE: Body = &[adapters::VALIDATE_FIELDS];
 
 #[rustfmt::skip]
 pub(crate) static ROUTES: &[Route] = &[
-    route!(Post "/v1/chat/completions", User, chat::complete, "Continue a conversation.", CHAT, JsonOrEvents("ChatCompletion"), [404, 429]),
-    route!(Post "/v1/completions", User, completions::complete, "Continue a text.", COMPLETION, JsonOrEvents("Completion"), [404, 429]),
+    route!(Post "/v1/chat/completions", User, chat::complete, "Continue a conversation.", CHAT, JsonOrEvents("ChatCompletion", "ChatCompletionChunk"), [404, 429]),
+    route!(Post "/v1/completions", User, completions::complete, "Continue a text.", COMPLETION, JsonOrEvents("Completion", "CompletionChunk"), [404, 429]),
     route!(Get "/v1/models", User, models::list, "The base first, then the adapters.", &[], Json("Models"), [503]),
     route!(Get "/v1/models/{*id}", User, models::get, "The base or an adapter.", &[], Json("Model"), [404, 503]),
     route!(Post "/tokenize", User, tokenize::tokenize, "Text or a conversation to token ids.", TOKENIZE, Json("Tokens"), [404]),
@@ -113,6 +113,9 @@ pub(crate) static ROUTES: &[Route] = &[
     route!(Post "/v1/unload_lora_adapter", Admin, adapters::unload_vllm, "Unload an adapter.", UNLOAD, Text(PLAIN), [404]),
     route!(Get "/v1/adapters", Admin, adapters::list, "All adapters.", &[], Json("Adapters"), [503]),
     route!(Post "/v1/adapters/validate", Admin, adapters::validate, "Account for an adapter's tensors.", VALIDATE, Json("Report"), []),
+    route!(Get "/v1/adapters/validate", Admin, adapters::get, "The adapter of that name.", &[], Json("Adapter"), [404, 503]),
+    route!(Put "/v1/adapters/validate", Admin, adapters::put, "The adapter of that name.", PUT, Json("Adapter"), [404]),
+    route!(Delete "/v1/adapters/validate", Admin, adapters::delete, "The adapter of that name.", &[], NoContent, [404, 503]),
     route!(Get "/v1/adapters/{name}", Admin, adapters::get, "One adapter.", &[], Json("Adapter"), [404, 503]),
     route!(Put "/v1/adapters/{name}", Admin, adapters::put, "Register, replace, pin or unpin.", PUT, Json("Adapter"), [404]),
     route!(Delete "/v1/adapters/{name}", Admin, adapters::delete, "Unload an adapter.", &[], NoContent, [404, 503]),
@@ -126,7 +129,7 @@ pub(crate) static ROUTES: &[Route] = &[
     route!(Get "/ping", Open, health::live, "Alive.", &[], Empty, [503]),
     route!(Get "/version", User, health::version, "The version.", &[], Json("Version"), []),
     route!(Get "/load", User, health::load, "What is unfinished.", &[], Json("Load"), []),
-    route!(Get "/metrics", User, exposition::expose, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), []),
+    route!(Get "/metrics", User, exposition::expose, "Prometheus exposition.", &[], Text("text/plain; version=0.0.4; charset=utf-8"), [503]),
     route!(Get "/openapi.json", User, openapi::document, "This document.", &[], Json("Document"), []),
 ];
 

@@ -132,13 +132,13 @@ pub(crate) fn logprobs(_: &Bounds) -> Value {
 
 /// Takes the fields of sampling. `prompt` and what only one route has are taken by the route before.
 pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults, limits: &Limits) -> Result<Sampling, ApiError> {
-    let n: u32 = fields.take("n")?.unwrap_or(1);
+    let n: u32 = fields.take_whole("n")?.unwrap_or(1);
     if n == 0 || n as usize > limits.max_n {
         return Err(ApiError::invalid("n", format!("n is {n}, it must be 1 to {}", limits.max_n)));
     }
-    let max_completion: Option<u32> = fields.take("max_completion_tokens")?;
-    let max_tokens: Option<u32> = fields.take("max_tokens")?;
-    let top_k: i64 = fields.take("top_k")?.or(defaults.top_k).unwrap_or(0);
+    let max_completion: Option<u32> = fields.take_whole("max_completion_tokens")?;
+    let max_tokens: Option<u32> = fields.take_whole("max_tokens")?;
+    let top_k: i64 = fields.take_whole("top_k")?.or(defaults.top_k).unwrap_or(0);
     let params = SamplingParams {
         temperature: fields.take("temperature")?.or(defaults.temperature).unwrap_or(1.0),
         top_p: fields.take("top_p")?.or(defaults.top_p).unwrap_or(1.0),
@@ -148,16 +148,16 @@ pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults, limits: &Limits
         frequency_penalty: fields.take("frequency_penalty")?.unwrap_or(0.0),
         repetition_penalty: fields.take("repetition_penalty")?.or(defaults.repetition_penalty).unwrap_or(1.0),
         logit_bias: logit_bias(fields)?,
-        min_tokens: fields.take("min_tokens")?.unwrap_or(0),
+        min_tokens: fields.take_whole("min_tokens")?.unwrap_or(0),
         ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
-        stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
-        prompt_logprobs: fields.take("prompt_logprobs")?,
+        stop_token_ids: fields.take_wholes("stop_token_ids")?.unwrap_or_default(),
+        prompt_logprobs: fields.take_whole("prompt_logprobs")?,
         ..SamplingParams::default()
     };
     Ok(Sampling {
         params,
         max_tokens: max_completion.or(max_tokens),
-        seed: fields.take::<i64>("seed")?.map(|seed| seed as u64),
+        seed: fields.take_whole::<i64>("seed")?.map(|seed| seed as u64),
         stops: stops(fields)?,
         include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
         skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
@@ -200,7 +200,7 @@ fn top_k_tokens(top_k: i64) -> Result<u32, ApiError> {
 
 /// -1: what the context holds; else so many of the last tokens.
 fn truncation(fields: &Fields) -> Result<Option<i64>, ApiError> {
-    let keep: Option<i64> = fields.take("truncate_prompt_tokens")?;
+    let keep: Option<i64> = fields.take_whole("truncate_prompt_tokens")?;
     match keep {
         Some(keep) if keep < -1 || keep == 0 => {
             let message = format!("truncate_prompt_tokens is {keep}, it must be -1 or at least 1");

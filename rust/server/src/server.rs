@@ -24,7 +24,7 @@ use crate::watch::Watch;
 use crate::{connection, generation_config, keys_file};
 
 /// Bytes that the system keeps for a reader, and doubles: what a stalled one costs. Left to itself, Linux goes to 4 MiB.
-const SEND_BUFFER_BYTES: usize = 64 << 10;
+const SEND_BUFFER_BYTES: usize = 48 << 10;
 
 /// Connections that the system may hold until they are taken.
 const BACKLOG: i32 = 4096;
@@ -347,7 +347,7 @@ impl Door {
             };
             // Without it, small events wait for the client's acknowledgements; a socket that refuses it still works.
             let _ = stream.set_nodelay(true);
-            let peer = Peer { address: address.ip(), is_metrics_port: self.is_metrics_port };
+            let peer = Peer { address: address.ip(), is_metrics_port: self.is_metrics_port, unsent: Arc::default() };
             let served = connection::serve(self.app.clone(), self.router.clone(), stream, peer, self.stopped.clone());
             tokio::spawn(async move {
                 served.await;

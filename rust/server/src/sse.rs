@@ -17,13 +17,24 @@ use http_body::Frame;
 use slora_runtime::{Delta, End, Piece, TokenLogprobs};
 use tokio::time::{Instant, Sleep};
 
+use crate::connection::Unsent;
 use crate::errors::ApiError;
 use crate::generation::{Generation, OpenStream};
 use crate::record::Record;
 use crate::reply::{Event, Reply, Shape};
 
 /// Bytes of events after which the socket gets its turn.
-const MAX_FRAME_BYTES: usize = 64 << 10;
+const MAX_FRAME_BYTES: usize = 16 << 10;
+
+/// Where a stream's events go, and who is told of them.
+pub(crate) struct Outlet {
+    /// Between comments in a silent stream.
+    pub keep_alive: Duration,
+    pub unsent: Arc<Unsent>,
+    pub record: Arc<Record>,
+    /// Open for as long as this lives.
+    pub _open: OpenStream,
+}
 
 /// What the stream knows of one choice.
 #[derive(Default)]
@@ -35,6 +46,20 @@ struct Progress {
     offset: usize,
 }
 
+/// What is left to write of what was read from the engine of one choice.
+struct Part {
+    index: usize,
+    pieces: std::vec::IntoIter<Piece>,
+    tail: String,
+    end: Option<End>,
+}
+
+impl Part {
+    fn is_written(&self) -> bool {
+        self.pieces.len() == 0 && self.end.is_none()
+    }
+}
+
 /// The body of a streamed answer.
 pub(crate) struct EventStream {
     reply: Reply,
@@ -42,18 +67,17 @@ pub(crate) struct EventStream {
     stops: Vec<String>,
     generation: Option<Generation>,
     progress: Vec<Progress>,
-    /// Read from the engine and not yet written.
-    deltas: VecDeque<(usize, Delta)>,
+    parts: VecDeque<Part>,
     scratch: Vec<(usize, Delta)>,
+    /// Where events are written; what it grew to is used again.
+    out: Vec<u8>,
     /// Tokens shown, of all choices.
     num_shown: u64,
-    keep_alive: Duration,
+    outlet: Outlet,
     timer: Pin<Box<Sleep>>,
     last_written: Instant,
-    record: Arc<Record>,
     is_begun: bool,
     is_over: bool,
-    _open: OpenStream,
 }
 
 impl EventStream {
@@ -63,28 +87,36 @@ impl EventStream {
         stops: Vec<String>,
         generation: Generation,
         early: Vec<(usize, Delta)>,
-        keep_alive: Duration,
-        record: Arc<Record>,
-        open: OpenStream,
+        outlet: Outlet,
     ) -> Self {
         let now = Instant::now();
         let progress = (0..generation.len()).map(|_| Progress { is_begun: !reply.echo, ..Progress::default() });
-        Self {
+        let mut stream = Self {
             head: reply.head(),
             progress: progress.collect(),
             reply,
             stops,
             generation: Some(generation),
-            deltas: early.into(),
-            scratch: Vec::new(),
+            parts: VecDeque::new(),
+            scratch: early,
+            out: Vec::new(),
             num_shown: 0,
-            keep_alive,
-            timer: Box::pin(tokio::time::sleep_until(now + keep_alive)),
+            timer: Box::pin(tokio::time::sleep_until(now + outlet.keep_alive)),
+            outlet,
             last_written: now,
-            record,
             is_begun: false,
             is_over: false,
-            _open: open,
+        };
+        stream.take_read();
+        stream
+    }
+
+    /// What was read is to be written.
+    fn take_read(&mut self) {
+        for (index, delta) in self.scratch.drain(..) {
+            let Delta { pieces, tail, prompt_logprobs, end, .. } = delta;
+            self.progress[index].prompt_logprobs.extend(prompt_logprobs);
+            self.parts.push_back(Part { index, pieces: pieces.into_iter(), tail, end });
         }
     }
 
@@ -102,30 +134,43 @@ impl EventStream {
         if self.is_over {
             return Poll::Ready(None);
         }
-        let mut out = Vec::new();
+        std::task::ready!(self.outlet.unsent.poll_room(context));
+        let mut out = std::mem::take(&mut self.out);
+        out.clear();
         if !std::mem::replace(&mut self.is_begun, true) && self.reply.shape == Shape::Chat {
             (0..self.progress.len()).for_each(|index| self.reply.write_role(&mut out, &self.head, index));
         }
+        self.write_new(&mut out, context);
+        let events = Bytes::copy_from_slice(&out);
+        self.out = out;
+        if events.is_empty() {
+            return self.poll_keep_alive(context);
+        }
+        self.last_written = Instant::now();
+        self.outlet.unsent.add(events.len());
+        Poll::Ready(Some(events))
+    }
+
+    /// Writes events until nothing is new or the socket should get its turn.
+    fn write_new(&mut self, out: &mut Vec<u8>, context: &mut Context<'_>) {
         while out.len() < MAX_FRAME_BYTES && !self.is_over {
-            if let Some((index, delta)) = self.deltas.pop_front() {
-                self.write_delta(&mut out, index, delta);
+            if let Some(mut part) = self.parts.pop_front() {
+                self.write_part(out, &mut part);
+                if !part.is_written() {
+                    self.parts.push_front(part);
+                }
                 continue;
             }
             let Some(generation) = &mut self.generation else { break };
             if generation.is_over() {
-                self.finish(&mut out);
+                self.finish(out);
                 break;
             }
             if generation.poll_deltas(context, &mut self.scratch).is_pending() {
                 break;
             }
-            self.deltas.extend(self.scratch.drain(..));
+            self.take_read();
         }
-        if out.is_empty() {
-            return self.poll_keep_alive(context);
-        }
-        self.last_written = Instant::now();
-        Poll::Ready(Some(out.into()))
     }
 
     fn finish(&mut self, out: &mut Vec<u8>) {
@@ -136,18 +181,18 @@ impl EventStream {
     fn end(&mut self) {
         self.generation = None;
         self.is_over = true;
-        self.record.facts().is_done = true;
+        self.outlet.record.facts().is_done = true;
     }
 
     /// A comment now and then: proxies cut silent connections.
     fn poll_keep_alive(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         use std::future::Future;
         while self.timer.as_mut().poll(context).is_ready() {
-            let due = self.last_written + self.keep_alive;
+            let due = self.last_written + self.outlet.keep_alive;
             let now = Instant::now();
             if due <= now {
                 self.last_written = now;
-                self.timer.as_mut().reset(now + self.keep_alive);
+                self.timer.as_mut().reset(now + self.outlet.keep_alive);
                 // Registers the timer with this task.
                 let _ = self.timer.as_mut().poll(context);
                 return Poll::Ready(Some(Bytes::from_static(b": keep-alive\n\n")));
@@ -157,27 +202,27 @@ impl EventStream {
         Poll::Pending
     }
 
-    fn write_delta(&mut self, out: &mut Vec<u8>, index: usize, delta: Delta) {
-        let Delta { pieces, tail, prompt_logprobs, end, .. } = delta;
-        self.progress[index].prompt_logprobs.extend(prompt_logprobs);
-        if let Some(End::Error(error)) = &end {
+    fn write_part(&mut self, out: &mut Vec<u8>, part: &mut Part) {
+        let index = part.index;
+        if let Some(End::Error(error)) = &part.end {
             return self.fail(out, &ApiError::from(error.clone()));
         }
-        if matches!(end, Some(End::Cancelled)) {
+        if matches!(part.end, Some(End::Cancelled)) {
             return self.fail(out, &ApiError::unavailable("the request was cancelled by the server"));
         }
-        if !self.progress[index].is_begun && (!pieces.is_empty() || end.is_some()) {
+        if !self.progress[index].is_begun && !part.is_written() {
             self.write_echo(out, index);
         }
-        // The end goes out with the last token, unless text is left for an event of its own.
-        let joins_last = tail.is_empty() && !pieces.is_empty();
-        let last = pieces.len().saturating_sub(1);
-        for (place, piece) in pieces.iter().enumerate() {
-            let end = end.as_ref().filter(|_| joins_last && place == last);
-            self.write_piece(out, index, piece, end);
-        }
-        if let (Some(end), false) = (&end, joins_last) {
-            self.write(out, index, &tail, None, None, Some(end));
+        while out.len() < MAX_FRAME_BYTES {
+            let piece = part.pieces.next();
+            // The end goes out with the last token, unless text is left for an event of its own.
+            let is_last = part.pieces.len() == 0 && (piece.is_none() || part.tail.is_empty());
+            let end = if is_last { part.end.take() } else { None };
+            match (piece, end) {
+                (Some(piece), end) => self.write_piece(out, index, &piece, end.as_ref()),
+                (None, Some(end)) => self.write(out, index, &part.tail, None, None, Some(&end)),
+                (None, None) => return,
+            }
         }
     }
 
@@ -216,7 +261,7 @@ impl EventStream {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(error.json().as_bytes());
         out.extend_from_slice(b"\n\n");
-        self.record.facts().error = Some(error.code);
+        self.outlet.record.facts().error = Some(error.code);
         self.end();
     }
 }

@@ -1,8 +1,6 @@
 //! `GET /status`: what the page at `/` shows, in one answer.
 
 use std::cmp::Reverse;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use slora_core::AdapterState;
@@ -10,21 +8,20 @@ use slora_runtime::AdapterDetails;
 
 use crate::adapters::state_name;
 use crate::app::App;
+use crate::auth::Caller;
 use crate::errors::ApiError;
 use crate::router::{Answer, Call, json_response};
 
 /// Adapters that are listed: those with requests, then those nearest to the device.
 const MAX_LISTED: usize = 200;
-/// However many pages are open, the step thread is asked no more often.
-const MAX_AGE: Duration = Duration::from_secs(1);
-
-/// The list of adapters as it was a moment ago.
-pub(crate) type Recent = tokio::sync::Mutex<Option<(Instant, Arc<Vec<AdapterDetails>>)>>;
-
 /// The route.
 pub(crate) async fn status(call: Call) -> Answer {
     let Call { app, caller, .. } = call;
-    let all = recent_adapters(&app).await?;
+    app.render(move |app| Ok(json_response(&shown(app, &caller)?))).await
+}
+
+fn shown(app: &App, caller: &Caller) -> Result<Value, ApiError> {
+    let all = app.runtime.adapters()?;
     let mut adapters: Vec<&AdapterDetails> = all.iter().filter(|adapter| caller.may_use(&adapter.info.name)).collect();
     let states = [
         AdapterState::Resident,
@@ -41,7 +38,7 @@ pub(crate) async fn status(call: Call) -> Answer {
     adapters.truncate(MAX_LISTED);
     let listed: Vec<Value> = adapters.into_iter().map(adapter_line).collect();
     let stats = app.runtime.snapshot().engine;
-    Ok(json_response(&json!({
+    Ok(json!({
         "version": env!("CARGO_PKG_VERSION"), "model": app.base_names.first(), "unready": app.unready(),
         "running": stats.running, "waiting": stats.waiting, "waiting_for_adapter": stats.waiting_for_adapter,
         "generated_tokens": stats.generated_tokens, "steps": stats.steps, "preemptions": stats.preemptions,
@@ -51,7 +48,7 @@ pub(crate) async fn status(call: Call) -> Answer {
         },
         "host": {"pages": stats.num_host_pages, "free": stats.free_host_pages},
         "adapter_states": counts, "adapters": listed,
-    })))
+    }))
 }
 
 fn adapter_line(adapter: &AdapterDetails) -> Value {
@@ -60,17 +57,4 @@ fn adapter_line(adapter: &AdapterDetails) -> Value {
         "name": &*info.name, "state": state_name(info.state), "version": info.version, "bytes": info.bytes,
         "pinned": info.pinned, "running": info.pins, "waiting": info.unfinished - info.pins,
     })
-}
-
-/// Whoever comes while somebody asks the step thread waits for that answer.
-async fn recent_adapters(app: &Arc<App>) -> Result<Arc<Vec<AdapterDetails>>, ApiError> {
-    let mut recent = app.recent_adapters.lock().await;
-    if let Some((at, adapters)) = &*recent
-        && at.elapsed() < MAX_AGE
-    {
-        return Ok(adapters.clone());
-    }
-    let adapters = Arc::new(app.call(|app| Ok(app.runtime.adapters()?)).await?);
-    *recent = Some((Instant::now(), adapters.clone()));
-    Ok(adapters)
 }

@@ -9,7 +9,7 @@ use crate::app::App;
 use crate::chat;
 use crate::completions::no_tokenizer;
 use crate::errors::{ApiError, text_error};
-use crate::fields::Fields;
+use crate::fields::{Fields, values};
 use crate::inference::check_text_len;
 use crate::router::{Answer, Call, json_response};
 use crate::schema::{self, Field, MODEL, boolean, token_id};
@@ -80,7 +80,7 @@ pub(crate) async fn detokenize(call: Call) -> Answer {
     let app = call.app.clone();
     let fields = call.fields(&call.body)?;
     check_model(&call, &fields)?;
-    let ids: Vec<u32> = fields.require("tokens")?;
+    let ids: Vec<u32> = values(fields.require("tokens")?);
     let skips_special = fields.take("skip_special_tokens")?.unwrap_or(false);
     app.note_unknown(&fields)?;
     let vocab_size = app.runtime.config().vocab_size;

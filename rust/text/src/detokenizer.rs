@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::TextModel;
+use crate::byte_level::take_text;
 use crate::error::TextError;
 use crate::model::TokenKind;
 
@@ -15,10 +16,13 @@ const MAX_EAGER_PENDING: usize = 8;
 ///
 /// All outputs together equal [`TextModel::decode`] of all ids. Decoders are not local (the first piece loses its
 /// space, a run of byte tokens is text only as a whole), so each id is decoded behind the ids of the previous output,
-/// whose text is then cut away. That window is short: time is linear in the number of ids.
+/// whose text is then cut away. That window is short: time is linear in the number of ids. Where text is that of the ids'
+/// bytes alone, no decoder is asked.
 pub struct Detokenizer {
     model: Arc<TextModel>,
     skip_special_tokens: bool,
+    /// Bytes that are no whole character yet, where ids are bytes; then the fields below are not used.
+    bytes: Vec<u8>,
     /// `ids[..num_context]` is text already shown, kept as context; the others are pending.
     ids: Vec<u32>,
     num_context: usize,
@@ -36,6 +40,7 @@ impl Detokenizer {
         Self {
             model: model.clone(),
             skip_special_tokens,
+            bytes: Vec::new(),
             ids: Vec::new(),
             num_context: 0,
             context_bytes: 0,
@@ -54,6 +59,10 @@ impl Detokenizer {
         let kind = self.model.kind(id);
         if kind == TokenKind::Unknown || (kind == TokenKind::Special && self.skip_special_tokens) {
             return Ok(String::new());
+        }
+        if let Some(table) = self.model.token_bytes() {
+            self.bytes.extend_from_slice(table.get(id));
+            return Ok(take_text(&mut self.bytes));
         }
         self.ids.push(id);
         if kind == TokenKind::Byte || self.is_hopeless(id)? {
@@ -74,6 +83,9 @@ impl Detokenizer {
 
     /// What was held back, with U+FFFD for a broken tail; empty the second time.
     pub fn finish(&mut self) -> String {
+        if self.model.token_bytes().is_some() {
+            return String::from_utf8_lossy(&std::mem::take(&mut self.bytes)).into_owned();
+        }
         let text = self.model.decode(&self.ids, false).unwrap_or_default();
         let rest = text.get(self.context_bytes + self.shown_bytes..).unwrap_or_default().to_owned();
         self.ids.clear();

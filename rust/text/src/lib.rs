@@ -9,6 +9,7 @@
 //! * [`ChatTemplate`], [`ChatInput`] – messages → prompt, as transformers renders them, with bounded work and output.
 #![forbid(unsafe_code)]
 
+mod byte_level;
 mod chat;
 mod detokenizer;
 mod error;

@@ -6,6 +6,7 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
+use crate::byte_level::TokenBytes;
 use crate::chat::{ChatInput, ChatTemplate};
 use crate::error::TextError;
 use crate::files::{fault, read_object, token_content};
@@ -33,6 +34,8 @@ pub struct TextModel {
     longest_token_bytes: usize,
     /// The decoder joins the bytes of neighbouring tokens to characters.
     joins_bytes: bool,
+    /// Where text is that of the tokens' bytes and nothing more.
+    token_bytes: Option<TokenBytes>,
     /// A token that is a word, as context for showing others.
     word_id: Option<u32>,
     /// `bos_token`, `eos_token`, …: what chat templates see, in the files' order.
@@ -72,6 +75,7 @@ impl TextModel {
         let decoder = tokenizer.get_decoder().map(serde_json::to_string).transpose().map_err(|e| e.to_string())?;
         let decodes_with = |name: &str| decoder.as_ref().is_some_and(|d| d.contains(&format!("\"type\":\"{name}\"")));
         let joins_bytes = decodes_with("ByteLevel");
+        let is_bytes = decoder.as_ref().is_some_and(|decoder| decoder.starts_with("{\"type\":\"ByteLevel\""));
         let has_byte_tokens = decodes_with("ByteFallback");
 
         let vocab = tokenizer.get_vocab(true);
@@ -106,6 +110,7 @@ impl TextModel {
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
         Ok(Self {
+            token_bytes: is_bytes.then(|| TokenBytes::new(&tokenizer, num_ids)),
             kinds,
             longest_token_bytes,
             joins_bytes,
@@ -211,6 +216,10 @@ impl TextModel {
 
     pub(crate) fn kind(&self, id: u32) -> TokenKind {
         self.kinds.get(id as usize).copied().unwrap_or(TokenKind::Unknown)
+    }
+
+    pub(crate) fn token_bytes(&self) -> Option<&TokenBytes> {
+        self.token_bytes.as_ref()
     }
 
     pub(crate) fn joins_bytes(&self) -> bool {

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use slora_core::{
-    Account, AdapterError, AdapterId, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events, Load,
-    LoadFailure, NewRequest, RequestId, SamplingParams, SubmitError,
+    Account, AdapterError, AdapterId, AdapterInfo, AdapterSpec, AdapterState, EndReason, Engine, EngineConfig, Events,
+    Load, LoadFailure, NewRequest, RequestId, SamplingParams, SubmitError,
 };
 
 use super::executor::{Executor, Output};
@@ -33,6 +33,8 @@ pub struct World {
     names: Vec<Arc<str>>,
     /// Every version that may still exist.
     contents: BTreeMap<AdapterId, Content>,
+    /// What the engine's changes say of each name.
+    known: BTreeMap<Arc<str>, AdapterInfo>,
     /// The last version registered under each name.
     latest: BTreeMap<Arc<str>, AdapterId>,
     failed: BTreeSet<AdapterId>,
@@ -58,6 +60,7 @@ impl World {
             now_us: 0,
             names: (0..6).map(|i| format!("a{i}").into()).collect(),
             contents: BTreeMap::new(),
+            known: BTreeMap::new(),
             latest: BTreeMap::new(),
             failed: BTreeSet::new(),
             loads: Vec::new(),
@@ -89,6 +92,19 @@ impl World {
         }
         self.listen();
         self.engine.check();
+        self.check_known();
+    }
+
+    /// Whoever follows the changes knows what all names mean.
+    fn check_known(&mut self) {
+        while let Some((name, info)) = self.engine.next_changed_adapter() {
+            match info {
+                Some(info) => drop(self.known.insert(name, info)),
+                None => drop(self.known.remove(&name)),
+            }
+        }
+        let all = self.engine.adapters().map(|info| (info.name.clone(), info));
+        assert_eq!(self.known, all.collect(), "every change is told");
     }
 
     fn submit_random(&mut self) {
