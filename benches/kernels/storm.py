@@ -9,10 +9,11 @@ from slora.adapters import Adapters
 
 NUM_WORKERS = 12
 WAIT_S = 60.0
+POLL_S = 1e-3
 
 
 class Storm:
-    """Every call waits for the next step, so that several threads are needed to keep swap-ins coming."""
+    """A pin is heard by the next step, so that several threads are needed to keep swap-ins coming."""
 
     def __init__(self, adapters: Adapters, names: Sequence[str]) -> None:
         self._adapters = adapters
@@ -32,6 +33,7 @@ class Storm:
         self._adapters.pin(name)
         while self._adapters[name].state != "resident" and not self._is_over.is_set():
             assert time.monotonic() < deadline, f"{name} does not become resident"
+            time.sleep(POLL_S)
 
     def start(self) -> None:
         self._is_over.clear()
