@@ -5,7 +5,9 @@ kernels read what differs from the plan's mirror on the device. All graphs share
 after the other and leave their results in buffers of their own.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+import gc
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -46,7 +48,7 @@ class Graphs:
         """Without running it; its kernels must have run before."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with RECORDING, torch.cuda.stream(self._stream):
+        with RECORDING, _uncollected(), torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
                 body()
@@ -56,6 +58,18 @@ class Graphs:
 
     def close(self) -> None:
         self._graphs.clear()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection in here: it may free another engine's graphs, which ends this thread's recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def progress(keys: Iterable[Hashable], total: int, show: bool | None) -> Iterable[Hashable]:

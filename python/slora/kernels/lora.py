@@ -22,7 +22,7 @@ MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
 MANY_ROWS = 64
 """Segments of more rows share their weights among many rows, if the step has prefill rows."""
-CLUSTERS = {8: 16, 4: 64, 2: 1 << 30}
+CLUSTERS = {8: 16, 4: 32, 2: 1 << 30}
 """Blocks of a cluster, by the rows of a step: the fewer units there are, the more blocks must share one."""
 _PART_ROWS = ((1024, 1), (4096, 2))
 """Steps of up to so many rows sum up so many chunks of a row of many at once: more parts for more blocks."""
