@@ -86,7 +86,8 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
   for (int first = 0; first < n; first += 256) {
     int i = first + threadIdx.x, ends[NUM_LISTS] = {};
     if (i < n) {
-      Segment s = describe(pool, group, layer, seg_adapter[i], seg_indptr[i], seg_indptr[i + 1] - seg_indptr[i], most_few, sum_chunks);
+      int first_row = seg_indptr[i], rows = seg_indptr[i + 1] - first_row;
+      Segment s = describe(pool, group, layer, seg_adapter[i], first_row, rows, most_few, sum_chunks);
       count_items(group, s, list % 4 == expanding_group, ends);
       work.segments[(long long)list * work.max_segments + i] = s;
     }

@@ -247,10 +247,12 @@ struct ExpandMemory {
 // Of a whole block: for every 64 columns of `begin` .. `end`, `use(column, acc)` of EXPAND_ROWS rows from `row` on and the
 // `modules` from `first_module` on. More than RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
 template <bool IS_LARGE, int modules, typename Use>
-__device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
-                                            const Segment& s, int layer, int first_module, int row, int begin, int end, Use use) {
+__device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, const Pool& pool, const Group& group,
+                                             const Work& work, const Segment& s, int layer, int first_module, int row,
+                                             int begin, int end, Use use) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, most = 0;
-  int my_row = row + warp * 8 + g, end_of_rows = first_module == 0 ? group.out[0] : first_module == 1 ? group.out[1] : group.out[2];
+  int my_row = row + warp * 8 + g;
+  int end_of_rows = first_module == 0 ? group.out[0] : first_module == 1 ? group.out[1] : group.out[2];
 #pragma unroll
   for (int m = 0; m < modules; m++) most = max(most, s.modules[first_module + m].rank);
   int blocks = IS_LARGE ? ceil_div(most, RANK_BLOCK) : 1, num_turns = ceil_div(end - begin, 64) * blocks;
@@ -264,7 +266,8 @@ __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, cons
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         int r = my_rank + j * RANK_BLOCK / 2;
-        source[m][j] = r < ranks(m, block) ? WeightRows(group, s, layer, first_module + m).at(pool, block * RANK_BLOCK + r) : nullptr;
+        WeightRows b(group, s, layer, first_module + m);
+        source[m][j] = r < ranks(m, block) ? b.at(pool, block * RANK_BLOCK + r) : nullptr;
       }
   };
   auto fill = [&] { // the next stage, zeros up to the next 16 ranks
@@ -277,7 +280,8 @@ __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, cons
           int r = my_rank + j * RANK_BLOCK / 2;
           bool is_valid = source[m][j] && my_column < end_of_rows;
           if (r < ceil_div(ranks(m, fill_block), 16) * 16)
-            copy_async(&memory.w[fill_stage][m][r][threadIdx.x % 8 ^ r / 4 % 4 * 2], source[m][j] + (is_valid ? my_column * 2 : 0), is_valid);
+            copy_async(&memory.w[fill_stage][m][r][threadIdx.x % 8 ^ r / 4 % 4 * 2],
+                       source[m][j] + (is_valid ? my_column * 2 : 0), is_valid);
         }
       if (++fill_block == blocks) fill_block = 0, my_column += 64;
       if (++fill_stage == EXPAND_STAGES) fill_stage = 0;
@@ -341,7 +345,8 @@ __device__ __forceinline__ void expand_many(ExpandMemory<1>& memory, const Pool&
   OutItem item = out_item(group, s, EXPAND_ROWS, i);
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = threadIdx.x / 32 * 8 + t * 2;
   delta += (long long)(s.first_row + item.row + first) * group.out_stride + item.delta_column;
-  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, min(item.out, item.column + item.columns),
+  int end = min(item.out, item.column + item.columns);
+  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, end,
                  [&](int column, const float acc[1][4][4]) {
                    store_columns(delta, group.out_stride, item.num_rows - first, column + g * 8, item.out, acc[0]);
                  });

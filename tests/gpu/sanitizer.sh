@@ -19,7 +19,8 @@ cd "$(dirname "$0")/../.."
 
 # name | file | tests
 RUNS=(
-  "lora|tests/gpu/test_lora.py|neighbours or non_finite or (mixes and odd)"
+  "lora|tests/gpu/test_lora.py|neighbours or non_finite or consumer"
+  "lora-odd|tests/gpu/test_lora.py|mixes and odd and bfloat16"
   "lora-large|tests/gpu/test_lora.py|large"
   "elementwise|tests/gpu/test_ops.py|rms_norm or silu_mul or rope_kv or greedy"
   "attention|tests/gpu/test_ops.py|decode_does_not or (test_paged_attention and False)"

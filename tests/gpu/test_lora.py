@@ -13,7 +13,8 @@ from slora.models.config import ModelConfig
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from slora.kernels.lora import CLUSTERS, Lora
+from slora.kernels import cuda
+from slora.kernels.lora import _GATE_UP, CLUSTERS, Lora, Shrunk
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
@@ -95,10 +96,11 @@ class World:
         words[self.max_rows + 2 : self.max_rows + 2 + len(segments)] = torch.tensor([a for a, _ in segments])
         self.plan.copy_(words)
 
-    def prepare(self) -> None:
+    def prepare(self, leaves_expand: bool = False) -> None:
         arrays = (self.plan[:1], self.plan[1:], self.plan[self.max_rows + 2 :])
+        flags = {"has_prefill": self.has_prefill, "leaves_expand": leaves_expand}
         cluster = self.cluster if self.lora.num_clusters else None
-        self.lora.prepare(*arrays, num_rows=self.num_rows, has_prefill=self.has_prefill, cluster=cluster)
+        self.lora.prepare(*arrays, num_rows=self.num_rows, cluster=cluster, **flags)
 
     def inputs(self, rows: int) -> list[torch.Tensor]:
         """x of each group."""
@@ -224,6 +226,23 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: str) -> None:
         alone = world.run([x[first : first + rows].contiguous() for x in xs])
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[first : first + rows], b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", ["small", "llama"])
+def test_the_consumer_expands_as_it_would_read(shape: str, dtype: str) -> None:
+    world = World(shape, dtype, [*RANKS, 100])
+    segments = [(0, 100), (1, 1), (-1, 70), (2, 65), (-1, 2), (3, 129), (5, 64), (6, 80)]
+    world.set_segments(segments)
+    x = world.inputs(sum(n for _, n in segments))[_GATE_UP]
+    gate_up = torch.randn(len(x), world.lora._groups[_GATE_UP].out_stride, device="cuda", dtype=x.dtype)
+    for world.num_rows in (512, 2048, 8192):  # parts of 1, 2 and 4 chunks
+        world.prepare()
+        want = cuda.silu_mul(gate_up, world.lora(x, 0, _GATE_UP))
+        world.prepare(leaves_expand=True)
+        delta = world.lora(x, 0, _GATE_UP)
+        assert isinstance(delta, Shrunk)
+        assert torch.equal(cuda.silu_mul(gate_up, delta), want)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
