@@ -4,8 +4,10 @@
 // work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A block takes (item, KV
 // head) units in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring of
 // copies that runs on into the next unit. Query heads of a KV head are rows of the product, 16 at most.
-// What a request's splits leave is merged in their order by a second kernel, a warp per query head: a fence between blocks
-// would wait for the copies in flight.
+// What a request's splits leave is merged by a second kernel, a block per query head: a fence between blocks would wait for
+// the copies in flight.
+// The kernel before writes q and the keys and values of the newest tokens; all else was there before that one began, and is
+// read while it runs.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -21,6 +23,9 @@ constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
+constexpr int PARTS = HAS_HIGH_ROWS ? 4 : 2;   // registers of the product's first operand that are not zero
+constexpr bool IS_READ_AHEAD = 4 * OUTS + 2 * STEPS * PARTS <= 160;  // the next unit's q: where registers suffice
+constexpr int MERGE_WARPS = 4;
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
 static_assert(PAGE_TOKENS % TILE == 0 && SPLIT_TOKENS / TILE <= 32 * WARPS, "a tile lies in one page; a lane knows one page");
@@ -68,6 +73,8 @@ struct Copies {  // runs through a warp's tiles of all units of its block, ahead
         }
     }
 
+    __device__ bool is_newest() const { return position < end && position + TILE >= seq_len; }
+
     __device__ void issue(unsigned target) {
         if (position < end) {
             const int page = __shfl_sync(~0u, page_of_lane, (position - first) / (WARPS * TILE));
@@ -102,6 +109,32 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// The query heads of a unit, as the product's first operand: rows g and g + 8 of 16.
+struct Query {
+    unsigned at[STEPS][PARTS];
+
+    __device__ void load(const element* q, int request, int part, int lane) {
+        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
+        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
+        const int g = lane / 4, t = lane % 4;
+        const element* row = q + (static_cast<size_t>(request) * HEADS + first_head) * HEAD_DIM + t * 2;
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {  // low row, (high row,) low row 8 columns on, ..
+                const int head = g + (HAS_HIGH_ROWS && i % 2 ? 8 : 0), column = k * 16 + i / (PARTS / 2) * 8;
+                at[k][i] = head < num_heads ? *reinterpret_cast<const unsigned*>(row + head * HEAD_DIM + column) : 0u;
+            }
+    }
+
+    __device__ void operand(int k, unsigned (&a)[4]) const {
+        a[0] = at[k][0];
+        a[1] = HAS_HIGH_ROWS ? at[k][1] : 0u;
+        a[2] = at[k][PARTS / 2];
+        a[3] = HAS_HIGH_ROWS ? at[k][PARTS - 1] : 0u;
+    }
+};
+
 // Attention over a warp's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
 struct State {
     float out[OUTS][4];
@@ -117,15 +150,16 @@ struct State {
     }
 
     __device__ void add_tile(
-        const unsigned (&query)[STEPS][4], unsigned tile, int position, int visible, int end, float scale, int lane) {
+        const Query& query, unsigned tile, int position, int visible, int end, float scale, int lane) {
         float scores[2][4] = {};
         const unsigned key_at = tile + ((lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8) * sizeof(element);
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
-            unsigned b[4];
+            unsigned a[4], b[4];
+            query.operand(k, a);
             load_matrices(b, key_at + k * 16 * sizeof(element));
-            multiply_add(scores[0], query[k], b[0], b[1]);
-            multiply_add(scores[1], query[k], b[2], b[3]);
+            multiply_add(scores[0], a, b[0], b[1]);
+            multiply_add(scores[1], a, b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -213,13 +247,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
     const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
-    wait_for_previous_kernel();
-    let_next_kernel_start();
     Merge& merge = *reinterpret_cast<Merge*>(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const unsigned ring = shared_address(shared) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
     const int total = num_items[0] * UNITS;
-    if (static_cast<int>(blockIdx.x) >= total) return;
+    bool has_waited = false;
+    if (static_cast<int>(blockIdx.x) >= total) {
+        wait_once(has_waited);  // nobody after this kernel may see the one before unfinished
+        return;
+    }
 
     Copies copies;
     copies.work = work;
@@ -235,28 +271,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     copies.item = work[blockIdx.x / UNITS];
     copies.start_unit();
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) copies.issue(ring + s * STAGE);
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (copies.is_newest()) wait_once(has_waited);
+        copies.issue(ring + s * STAGE);
+    }
+    const int step = gridDim.x;
+    int4 item = work[blockIdx.x / UNITS], next = work[min(static_cast<int>(blockIdx.x) + step, total - 1) / UNITS];
+    wait_once(has_waited);
+    let_next_kernel_start();
 
     int stage = 0;
     State state;
-    int4 next = work[blockIdx.x / UNITS];
-    for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
-        const int4 item = next;
+    Query query, next_query;
+    if (IS_READ_AHEAD) next_query.load(q, item.x, blockIdx.x % UNITS, lane);
+    for (int unit = blockIdx.x; unit < total; unit += step) {
         const int part = unit % UNITS;
-        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
-        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
-        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
-        unsigned query[STEPS][4];
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-            const element* at = q + row + k * 16 + t * 2;
-            const bool low = g < num_heads, high = HAS_HIGH_ROWS && g + 8 < num_heads;
-            query[k][0] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM) : 0u;
-            query[k][1] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM) : 0u;
-            query[k][2] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM + 8) : 0u;
-            query[k][3] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM + 8) : 0u;
+        if (IS_READ_AHEAD) {
+            query = next_query;
+            if (unit + step < total) next_query.load(q, next.x, (unit + step) % UNITS, lane);
+        } else {
+            query.load(q, item.x, part, lane);
         }
-        if (unit + static_cast<int>(gridDim.x) < total) next = work[(unit + gridDim.x) / UNITS];
+        const int4 after_next = work[min(unit + 2 * step, total - 1) / UNITS];
         state.reset();
         const Span span(item, window, warp);
         for (int position = span.first; position < span.end; position += WARPS * TILE) {
@@ -270,6 +306,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         merge.put(state, warp, lane);
         __syncthreads();
 
+        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
+        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
+        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
         const bool is_whole = item.y >> 16 == 1;
         float* partial = partials + static_cast<size_t>(unit) * PARTIAL;
         for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
@@ -295,19 +334,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
             }
         }
         __syncthreads();  // the next unit writes `merge`
+        item = next;
+        next = after_next;
     }
     wait_copies<0>();
 }
 
 // The query heads of requests with several splits: spans [num_decode] (first item, splits).
-extern "C" __global__ void merge_splits(
+// A head's splits are dealt to the warps in turn, and the warps' sums are added in order.
+extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32) merge_splits(
     element* __restrict__ out, const int* __restrict__ counts, const int2* __restrict__ spans,
     const float* __restrict__ partials) {
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    __shared__ float4 sums[MERGE_WARPS][HEAD_DIM / 4];
+    __shared__ float norms[MERGE_WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int total = counts[2] * HEADS;
-    for (int i = blockIdx.x * warps + threadIdx.x / 32; i < total; i += gridDim.x * warps) {
+    for (int i = blockIdx.x; i < total; i += gridDim.x) {
         const int2 span = spans[i / HEADS];
         if (span.y == 1) continue;
         const int head = i % HEADS, in_group = head % GROUP, r = in_group % 16;
@@ -322,12 +366,25 @@ extern "C" __global__ void merge_splits(
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             float norm = 0.0f;
 #pragma unroll 8
-            for (int s = 0; s < span.y; ++s) {
+            for (int s = warp; s < span.y; s += MERGE_WARPS) {
                 const float factor = exp2f(maxima[s * STEP] - most);
                 norm += maxima[s * STEP + ROWS] * factor;
                 add_scaled(sum, *reinterpret_cast<const float4*>(first + s * STEP + r * HEAD_DIM + column), factor);
             }
-            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + column);
+            sums[warp][column / 4] = sum;
+            norms[warp] = norm;
         }
+        __syncthreads();
+        for (int c = threadIdx.x; c < HEAD_DIM / 4; c += MERGE_WARPS * 32) {
+            float4 sum = sums[0][c];
+            float norm = norms[0];
+#pragma unroll
+            for (int w = 1; w < MERGE_WARPS; ++w) {
+                add_scaled(sum, sums[w][c], 1.0f);
+                norm += norms[w];
+            }
+            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + c * 4);
+        }
+        __syncthreads();  // the next head's sums
     }
 }
