@@ -5,9 +5,10 @@
 // head) units in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring of
 // copies that runs on into the next unit. Query heads of a KV head are rows of the product, 16 at most.
 // What a request's splits leave is merged by a second kernel, a block per query head: a fence between blocks would wait for
-// the copies in flight.
-// The kernel before writes q and the keys and values of the newest tokens; all else was there before that one began, and is
-// read while it runs.
+// the copies in flight. Keys and values give way to it in the cache: written to memory, its one or two percent of the bytes
+// cost up to nine of the time.
+// The kernel before writes q, and the keys and values of the newest tokens. All else was there before that one began, and is
+// on its way while it runs.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -23,8 +24,6 @@ constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
-constexpr int PARTS = HAS_HIGH_ROWS ? 4 : 2;   // registers of the product's first operand that are not zero
-constexpr bool IS_READ_AHEAD = 4 * OUTS + 2 * STEPS * PARTS <= 160;  // the next unit's q: where registers suffice
 constexpr int MERGE_WARPS = 4;
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
@@ -88,8 +87,8 @@ struct Copies {  // runs through a warp's tiles of all units of its block, ahead
                     const bool is_valid = position + token < seq_len && position + token >= visible;
                     const size_t at = row + static_cast<size_t>(token) * KV_HEADS * HEAD_DIM + column;
                     const unsigned place = target + (token * STRIDE + column) * sizeof(element);
-                    copy_async(place, keys + at, is_valid);
-                    copy_async(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
+                    copy_last(place, keys + at, is_valid);
+                    copy_last(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
                 }
             }
             position += WARPS * TILE;
@@ -109,32 +108,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// The query heads of a unit, as the product's first operand: rows g and g + 8 of 16.
-struct Query {
-    unsigned at[STEPS][PARTS];
-
-    __device__ void load(const element* q, int request, int part, int lane) {
-        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
-        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
-        const int g = lane / 4, t = lane % 4;
-        const element* row = q + (static_cast<size_t>(request) * HEADS + first_head) * HEAD_DIM + t * 2;
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k)
-#pragma unroll
-            for (int i = 0; i < PARTS; ++i) {  // low row, (high row,) low row 8 columns on, ..
-                const int head = g + (HAS_HIGH_ROWS && i % 2 ? 8 : 0), column = k * 16 + i / (PARTS / 2) * 8;
-                at[k][i] = head < num_heads ? *reinterpret_cast<const unsigned*>(row + head * HEAD_DIM + column) : 0u;
-            }
-    }
-
-    __device__ void operand(int k, unsigned (&a)[4]) const {
-        a[0] = at[k][0];
-        a[1] = HAS_HIGH_ROWS ? at[k][1] : 0u;
-        a[2] = at[k][PARTS / 2];
-        a[3] = HAS_HIGH_ROWS ? at[k][PARTS - 1] : 0u;
-    }
-};
-
 // Attention over a warp's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
 struct State {
     float out[OUTS][4];
@@ -150,16 +123,15 @@ struct State {
     }
 
     __device__ void add_tile(
-        const Query& query, unsigned tile, int position, int visible, int end, float scale, int lane) {
+        const unsigned (&query)[STEPS][4], unsigned tile, int position, int visible, int end, float scale, int lane) {
         float scores[2][4] = {};
         const unsigned key_at = tile + ((lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8) * sizeof(element);
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
-            unsigned a[4], b[4];
-            query.operand(k, a);
+            unsigned b[4];
             load_matrices(b, key_at + k * 16 * sizeof(element));
-            multiply_add(scores[0], a, b[0], b[1]);
-            multiply_add(scores[1], a, b[2], b[3]);
+            multiply_add(scores[0], query[k], b[0], b[1]);
+            multiply_add(scores[1], query[k], b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -248,12 +220,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
     Merge& merge = *reinterpret_cast<Merge*>(shared);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned ring = shared_address(shared) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
     const int total = num_items[0] * UNITS;
     bool has_waited = false;
     if (static_cast<int>(blockIdx.x) >= total) {
-        wait_once(has_waited);  // nobody after this kernel may see the one before unfinished
+        wait_once(has_waited);  // whoever waits for this kernel relies on the one before, too
         return;
     }
 
@@ -275,24 +247,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         if (copies.is_newest()) wait_once(has_waited);
         copies.issue(ring + s * STAGE);
     }
-    const int step = gridDim.x;
-    int4 item = work[blockIdx.x / UNITS], next = work[min(static_cast<int>(blockIdx.x) + step, total - 1) / UNITS];
     wait_once(has_waited);
     let_next_kernel_start();
 
     int stage = 0;
     State state;
-    Query query, next_query;
-    if (IS_READ_AHEAD) next_query.load(q, item.x, blockIdx.x % UNITS, lane);
-    for (int unit = blockIdx.x; unit < total; unit += step) {
+    int4 next = work[blockIdx.x / UNITS];
+    for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
+        const int4 item = next;
         const int part = unit % UNITS;
-        if (IS_READ_AHEAD) {
-            query = next_query;
-            if (unit + step < total) next_query.load(q, next.x, (unit + step) % UNITS, lane);
-        } else {
-            query.load(q, item.x, part, lane);
+        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
+        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
+        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
+        unsigned query[STEPS][4];
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            const element* at = q + row + k * 16 + t * 2;
+            const bool low = g < num_heads, high = HAS_HIGH_ROWS && g + 8 < num_heads;
+            query[k][0] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM) : 0u;
+            query[k][1] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM) : 0u;
+            query[k][2] = low ? *reinterpret_cast<const unsigned*>(at + g * HEAD_DIM + 8) : 0u;
+            query[k][3] = high ? *reinterpret_cast<const unsigned*>(at + (g + 8) * HEAD_DIM + 8) : 0u;
         }
-        const int4 after_next = work[min(unit + 2 * step, total - 1) / UNITS];
+        if (unit + static_cast<int>(gridDim.x) < total) next = work[(unit + gridDim.x) / UNITS];
         state.reset();
         const Span span(item, window, warp);
         for (int position = span.first; position < span.end; position += WARPS * TILE) {
@@ -306,9 +283,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         merge.put(state, warp, lane);
         __syncthreads();
 
-        const int first_head = part / HEAD_TILES * GROUP + part % HEAD_TILES * 16;
-        const int num_heads = min(GROUP - part % HEAD_TILES * 16, 16);
-        const size_t row = (static_cast<size_t>(item.x) * HEADS + first_head) * HEAD_DIM;
         const bool is_whole = item.y >> 16 == 1;
         float* partial = partials + static_cast<size_t>(unit) * PARTIAL;
         for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
@@ -334,8 +308,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
             }
         }
         __syncthreads();  // the next unit writes `merge`
-        item = next;
-        next = after_next;
     }
     wait_copies<0>();
 }

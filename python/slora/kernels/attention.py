@@ -15,7 +15,7 @@ from slora.memory import PagePool
 from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-SPLIT_TOKENS, TILE_TOKENS = 256, 16
+SPLIT_TOKENS, TILE_TOKENS = 512, 16
 MERGE_THREADS = 128
 MERGE_BLOCKS = 16  # of a multiprocessor, at most
 WARPS = 4
