@@ -20,7 +20,7 @@ class Load(NamedTuple):
 
 
 def under_load(body: Callable[[], object]) -> Load | None:
-    """Medians of the second half of a long run of `body`, which waits for the device; None where nvidia-smi is missing."""
+    """Medians of the second half of a long run of `body`, which waits for the device; None without nvidia-smi."""
     if shutil.which(QUERY[0]) is None:
         return None
     samples: list[tuple[float, float]] = []
