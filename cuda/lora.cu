@@ -9,7 +9,8 @@
 // lora_cluster: a constant grid of clusters, each takes every n-th unit: segments of few rows, where there are clusters.
 // lora_shrink, lora_expand: a constant grid; each warp, or block, takes every n-th item of a list.
 // lora_silu_mul: the consumer of gate_up's delta as an expand: it takes the place of lora_expand and of silu_mul.
-// Weights and lists do not depend on the kernel before: they are on their way before a warp waits for that kernel.
+// Weights and lists do not depend on the kernel before: they are on their way before a warp waits for that kernel. Weights
+// that are being swapped in are waited for by each kernel (wait_for_weights).
 #include "lora_cluster.cuh"
 #include "lora_expand.cuh"
 #include "lora_fp32.cuh"
@@ -155,13 +156,14 @@ struct List {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_shrink(Pool pool, Group group, Work work, int list, const Element* x) {
-  int layer = list / 4;
+  int layer = list / 4, needed_step = __ldg(pool.needed_step);
   let_next_kernel_start();
   bool has_waited = false;
+  List many(work, list, MANY);
+  wait_for_weights(pool, layer, needed_step);
 #if !HAS_CLUSTER
   List(work, list, FEW).each_of_warp([&](const Segment& s, int i) { shrink_few(pool, group, work, s, layer, i, x, has_waited); });
 #endif
-  List many(work, list, MANY);
   wait_once(has_waited);
 #if DTYPE != 0
   many.each_of_block([&](const Segment& s, int i) {
@@ -172,16 +174,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_expand(Pool pool, Group group, Work work, int list, Element* delta) {
-  int layer = list / 4;
+  int layer = list / 4, needed_step = __ldg(pool.needed_step);
   let_next_kernel_start();
   bool has_waited = false;
+  List many(work, list, MANY_OUT);
+  bool leaves_expand = __ldg(&work.totals[list].leaves_expand);
+  wait_for_weights(pool, layer, needed_step);
 #if !HAS_CLUSTER
   List(work, list, FEW_OUT).each_of_warp([&](const Segment& s, int i) {
     expand_few(pool, group, work, s, layer, i, delta, has_waited);
   });
 #endif
-  List many(work, list, MANY_OUT);
-  bool leaves_expand = __ldg(&work.totals[list].leaves_expand);
   wait_once(has_waited);
 #if DTYPE != 0
   if (leaves_expand) return;
@@ -194,8 +197,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #if DTYPE != 0 && ALIGNED
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     lora_silu_mul(Pool pool, Group group, Work work, int list, const Element* gate_up, const Element* delta, Element* out) {
-  int layer = list / 4;
+  int layer = list / 4, needed_step = __ldg(pool.needed_step);
   List many(work, list, MANY_OUT), rest(work, list, REST);
+  wait_for_weights(pool, layer, needed_step);
   wait_for_previous_kernel();
   let_next_kernel_start();
   many.each_of_block([&](const Segment& s, int i) {

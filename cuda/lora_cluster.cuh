@@ -263,6 +263,7 @@ __device__ __forceinline__ void expand_stage(float acc[STAGE_COLUMNS / 64][4][4]
 __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& pool, const Group& group, const Work& work, int list,
                                           const Element* x, Element* delta) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, block = cluster_rank();
+  int needed_step = __ldg(pool.needed_step);
   const Start& start = work.starts[list * MAX_BLOCKS + blockIdx.x];
   int4 first = Unit::part(&start.segment);
   Team team(start, block);
@@ -274,6 +275,7 @@ __device__ __forceinline__ void run_units(ClusterMemory& memory, const Pool& poo
   Feed feed = {pool, group, units, segments, memory, team, first, list / 4, chunk, team.unit_at(units, 0)};
   Exchange exchange = {memory, team, block};
   __syncthreads();
+  wait_for_weights(pool, list / 4, needed_step);
 #pragma unroll 1
   for (int s = 0; s < 2; s++) feed.ask(s);
   wait_for_previous_kernel();

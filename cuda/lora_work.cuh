@@ -17,6 +17,7 @@
 
 #include "element.cuh"
 #include "lora_memory.cuh"
+#include "swap_in.cuh"
 
 #define THREADS 256
 #define WARPS 8
@@ -53,6 +54,8 @@ struct Pool {
   const int* adapter_pages; // [max_adapters, max_adapter_pages]
   int max_adapter_pages;
   int num_layers;
+  const u64* arrived;       // written by the copy engine: step << 32 | n: of a step's swap-ins the first n layers, and all before
+  const int* needed_step;   // of the plan: whose swap-ins the step needs; 0: none that may not have arrived
 };
 
 struct Group {
@@ -136,6 +139,15 @@ struct Work {
     return (UnitList*)(unit_lists + (long long)list * (2 + max_units));
   }
 };
+
+// Of a whole block, before it reads weights of `layer`. `needed_step` is what lies at the pool's, read early: a kernel of a
+// recorded graph must ask, whether or not there is something to wait for. PageCopies says why the wait ends.
+__device__ __forceinline__ void wait_for_weights(const Pool& pool, int layer, int needed_step) {
+  if (!needed_step) return;
+  if (threadIdx.x == 0) wait_for_value(pool.arrived, (u64)(u32)needed_step << 32 | (layer + 1));
+  __syncthreads();
+  fence_bulk_copies();
+}
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -1,10 +1,11 @@
 // Loads of 16 bytes, 16-byte aligned.
 #pragma once
 
-// Read-only data that is read once: not kept in L1. The order of these loads is kept.
+// What is read once: not kept in L1. The order of these loads is kept. Not through the read-only path: it may have been
+// written while this kernel waited.
 __device__ __forceinline__ uint4 load_once(const void* from) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
   return v;

@@ -4,8 +4,11 @@
 // work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A block takes (item, KV
 // head) units in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring of
 // copies that runs on into the next unit. Query heads of a KV head are rows of the product, 16 at most.
-// What a request's splits leave is merged in their order by a second kernel, a warp per query head: a fence between blocks
-// would wait for the copies in flight.
+// What a request's splits leave is merged by a second kernel, a block per query head: a fence between blocks would wait for
+// the copies in flight. Keys and values give way to it in the cache: written to memory, its one or two percent of the bytes
+// cost up to nine of the time.
+// The kernel before writes q, and the keys and values of the newest tokens. All else was there before that one began, and is
+// on its way while it runs.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -21,6 +24,7 @@ constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
+constexpr int MERGE_WARPS = 4;
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
 static_assert(PAGE_TOKENS % TILE == 0 && SPLIT_TOKENS / TILE <= 32 * WARPS, "a tile lies in one page; a lane knows one page");
@@ -68,6 +72,8 @@ struct Copies {  // runs through a warp's tiles of all units of its block, ahead
         }
     }
 
+    __device__ bool is_newest() const { return position < end && position + TILE >= seq_len; }
+
     __device__ void issue(unsigned target) {
         if (position < end) {
             const int page = __shfl_sync(~0u, page_of_lane, (position - first) / (WARPS * TILE));
@@ -81,8 +87,8 @@ struct Copies {  // runs through a warp's tiles of all units of its block, ahead
                     const bool is_valid = position + token < seq_len && position + token >= visible;
                     const size_t at = row + static_cast<size_t>(token) * KV_HEADS * HEAD_DIM + column;
                     const unsigned place = target + (token * STRIDE + column) * sizeof(element);
-                    copy_async(place, keys + at, is_valid);
-                    copy_async(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
+                    copy_last(place, keys + at, is_valid);
+                    copy_last(place + TILE * STRIDE * sizeof(element), values + at, is_valid);
                 }
             }
             position += WARPS * TILE;
@@ -213,13 +219,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
     const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
     extern __shared__ __align__(16) unsigned char shared[];
-    wait_for_previous_kernel();
-    let_next_kernel_start();
     Merge& merge = *reinterpret_cast<Merge*>(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned ring = shared_address(shared) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
     const int total = num_items[0] * UNITS;
-    if (static_cast<int>(blockIdx.x) >= total) return;
+    bool has_waited = false;
+    if (static_cast<int>(blockIdx.x) >= total) {
+        wait_once(has_waited);  // whoever waits for this kernel relies on the one before, too
+        return;
+    }
 
     Copies copies;
     copies.work = work;
@@ -235,7 +243,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     copies.item = work[blockIdx.x / UNITS];
     copies.start_unit();
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) copies.issue(ring + s * STAGE);
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (copies.is_newest()) wait_once(has_waited);
+        copies.issue(ring + s * STAGE);
+    }
+    wait_once(has_waited);
+    let_next_kernel_start();
 
     int stage = 0;
     State state;
@@ -300,14 +313,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
 }
 
 // The query heads of requests with several splits: spans [num_decode] (first item, splits).
-extern "C" __global__ void merge_splits(
+// A head's splits are dealt to the warps in turn, and the warps' sums are added in order.
+extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32) merge_splits(
     element* __restrict__ out, const int* __restrict__ counts, const int2* __restrict__ spans,
     const float* __restrict__ partials) {
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    __shared__ float4 sums[MERGE_WARPS][HEAD_DIM / 4];
+    __shared__ float norms[MERGE_WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int total = counts[2] * HEADS;
-    for (int i = blockIdx.x * warps + threadIdx.x / 32; i < total; i += gridDim.x * warps) {
+    for (int i = blockIdx.x; i < total; i += gridDim.x) {
         const int2 span = spans[i / HEADS];
         if (span.y == 1) continue;
         const int head = i % HEADS, in_group = head % GROUP, r = in_group % 16;
@@ -322,12 +338,25 @@ extern "C" __global__ void merge_splits(
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             float norm = 0.0f;
 #pragma unroll 8
-            for (int s = 0; s < span.y; ++s) {
+            for (int s = warp; s < span.y; s += MERGE_WARPS) {
                 const float factor = exp2f(maxima[s * STEP] - most);
                 norm += maxima[s * STEP + ROWS] * factor;
                 add_scaled(sum, *reinterpret_cast<const float4*>(first + s * STEP + r * HEAD_DIM + column), factor);
             }
-            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + column);
+            sums[warp][column / 4] = sum;
+            norms[warp] = norm;
         }
+        __syncthreads();
+        for (int c = threadIdx.x; c < HEAD_DIM / 4; c += MERGE_WARPS * 32) {
+            float4 sum = sums[0][c];
+            float norm = norms[0];
+#pragma unroll
+            for (int w = 1; w < MERGE_WARPS; ++w) {
+                add_scaled(sum, sums[w][c], 1.0f);
+                norm += norms[w];
+            }
+            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + c * 4);
+        }
+        __syncthreads();  // the next head's sums
     }
 }

@@ -1,7 +1,7 @@
 // How a sequence's KV is split for decode: by position alone, whatever the batch.
 #pragma once
 
-constexpr int SPLIT_TOKENS = 256;
+constexpr int SPLIT_TOKENS = 512;
 
 __device__ __forceinline__ int split_of(int position) { return position / SPLIT_TOKENS; }
 

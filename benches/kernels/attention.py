@@ -52,7 +52,9 @@ class AttentionWork:
             from slora.kernels.step import Step
 
             self._device_plan = DevicePlan(layout, 0, self.pool.device)
-            self._step = Step(self.pool, DeviceTables(self.pool, 1, 1), self._device_plan, self._frequencies, 1.0)
+            arrived = torch.zeros(1, dtype=torch.int64, device=device)
+            tables = DeviceTables(self.pool, 1, 1)
+            self._step = Step(self.pool, tables, self._device_plan, arrived, self._frequencies, 1.0)
 
     def decode_us(self, num_requests: int, seq_len: int, repeats: int = 20) -> float:
         q = self._prepare([(1, seq_len)] * num_requests)

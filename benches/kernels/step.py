@@ -1,4 +1,4 @@
-"""Whole steps of Llama-3.1-8B shapes with dummy bf16 weights: device time, host time, prefill tokens per second.
+"""Whole steps of Llama-3.1-8B shapes, dummy bf16 weights: device and host time, prefill tokens a second, clock, power.
 
 python benches/kernels/step.py [--out FILE.json]
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from planner import Planner, make_layout
+from power import under_load
 from shapes import LLAMA_8B
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +25,7 @@ from slora.weights import load_weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import Row, add_output, row, write_rows
 
-DECODE = [(1, 512), (16, 512), (64, 512), (256, 512)]
+DECODE = [(1, 128), (16, 128), (64, 128), (256, 128), (64, 2048), (256, 512)]
 
 
 def main() -> None:
@@ -86,6 +87,13 @@ def main() -> None:
             f"{rows / ms * 1000:.0f} tok/s",
             flush=True,
         )
+        load = under_load(lambda: runner.launch(plans[0]).result())
+        if load is not None:
+            long_run = f"{name.replace(' ', '_')}_long_run"
+            rows_of_file[f"{long_run}_step_without_overlap_ms"] = row([load.call_ms], "ms")
+            rows_of_file[f"{long_run}_clock_mhz"] = row([load.clock_mhz], "MHz")
+            rows_of_file[f"{long_run}_power_w"] = row([load.power_w], "W")
+            print(f"    in a long run {load.call_ms:.3f}, {load.clock_mhz:.0f} MHz, {load.power_w:.0f} W", flush=True)
         if args.kernels:
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 for plan in plans:

@@ -95,10 +95,10 @@ class CudaRunner:
         self._tables = DeviceTables(pool, max_adapters, max_adapter_pages)
         self._plan = DevicePlan(layout, self._tables.modules[0].numel(), device)
         frequencies, scaling = inverse_frequencies(config)
-        self._step = Step(pool, self._tables, self._plan, frequencies.to(device), scaling)
+        self._copies = PageCopies(pool, host)
+        self._step = Step(pool, self._tables, self._plan, self._copies.arrived, frequencies.to(device), scaling)
         self._decoder = Decoder(config, weights, backend("cuda"))
         self._sampler = DeviceSampler(self._step, max_running, config.vocab_size)
-        self._copies = PageCopies(pool, host)
         self._graphs = Graphs(device)
         rows = max(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
         self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
@@ -124,7 +124,7 @@ class CudaRunner:
     def _launch(self, plan: StepPlan) -> CudaPending:
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
-        self._step.arrivals = self._copies.needed(counts.copies_needed_step) if counts.copies_needed_step else []
+        self._copies.wait(counts.copies_needed_step)
         self._plan.upload(plan, upload)
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
@@ -177,12 +177,10 @@ class CudaRunner:
 
     def _forward(self, shape: StepShape, plan: StepPlan) -> Tensor:
         """The normed hidden state [rows, hidden]; valid until the next step."""
-        if not shape.is_recordable:  # each layer waits for its own part of the swap-ins
+        if not shape.is_recordable:
             has_few = shape.has_lora and bool(np.any(np.diff(plan.array("seg_indptr")) <= MANY_ROWS))
             self._step.prepare(**shape._asdict(), has_few=has_few)
             return self._decoder.forward(self._step.ids, self._step)
-        # For all layers: launching their kernels one by one takes the host longer than a swap-in takes.
-        self._step.wait_for_adapters(self.pool.config.num_layers)
         shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
         self._graphs.run(shape, self._forward_body(shape))
         return self._hidden

@@ -29,6 +29,7 @@ inline void arrive_in_cluster() {}
 inline void wait_for_cluster() { sync_cluster(); }
 inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
   aligned((const uint4*)to), aligned((const uint4*)from);
+  if (lane_now->block->has_waited && !lane_now->is_fenced) fail("a bulk copy of what was waited for, without a fence");
   if (bytes <= 0 || bytes % 16) fail("a bulk copy of a wrong size");
   copies.push_back({to, from, bytes, lane_now->block, &lane_now->block->barriers.at(barrier), {}});
 }

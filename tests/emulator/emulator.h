@@ -2,7 +2,7 @@
 // each other.
 //
 // Warps are advanced in random order, some or all of a block now and then not for a while, and copies and stores to other
-// blocks arrive at random times: what is only ordered by luck shows.
+// blocks arrive at random times, and so do pages that are swapped in meanwhile: what is only ordered by luck shows.
 // Included before a kernel's source; the headers of this folder take the place of those with instructions of their own.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -62,6 +63,7 @@ struct Block {
   Dim index;
   int num_threads, num_arrived = 0, num_done = 0;
   long generation = 0;
+  bool has_waited = false; // for pages
   std::vector<uint4> shared;
   std::map<void*, Barrier> barriers;
 };
@@ -73,6 +75,13 @@ struct Copy {
   Barrier* barrier;
   float4 value;
 };
+struct SwapIn {
+  void* to;
+  const void* from;
+  long bytes;
+  unsigned long long* word; // set to `value` afterwards, if it is not nullptr
+  unsigned long long value;
+};
 struct Lane {
   ucontext_t context; // its beginning
   jmp_buf place;      // where it waits
@@ -80,7 +89,7 @@ struct Lane {
   Warp* warp;
   Block* block;
   int index;
-  bool has_begun = false, is_done = false;
+  bool has_begun = false, is_done = false, is_fenced = false;
   bool (*is_ready)(void*) = nullptr; // of a lane that waits, with `what`
   void* what;
 };
@@ -91,6 +100,9 @@ inline std::vector<std::unique_ptr<char[]>> stacks;
 inline std::vector<Warp> warps;
 inline std::vector<Block> blocks; // of the cluster
 inline std::vector<Copy> copies;
+inline std::deque<SwapIn> swap_ins; // in their order
+inline int swap_in_rounds;          // one arrives about so often; 0: while somebody waits
+inline int num_waiting;             // for pages
 inline Lane* lane_now;
 inline jmp_buf scheduler;
 inline int num_arrived;
@@ -220,6 +232,13 @@ void __stcg(T* at, T value) {
   *(T*)aligned(at) = value;
 }
 
+inline void swap_in_one() {
+  SwapIn one = swap_ins.front();
+  swap_ins.pop_front();
+  memcpy(one.to, one.from, one.bytes);
+  if (one.word) *one.word = one.value;
+  progress++;
+}
 void finish_copies();
 inline void run_lane() {
   kernel_body();
@@ -267,6 +286,7 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
       }
     }
     if (chance() % 3 == 0) finish_copies();
+    if (!swap_ins.empty() && (swap_in_rounds ? chance() % swap_in_rounds == 0 : num_waiting > 0)) swap_in_one();
     idle = progress == before ? idle + 1 : 0;
     if (idle > 10000) fail("deadlock");
   }

@@ -14,13 +14,19 @@ extern "C" void run_work(const Pool* pool, const Groups* groups, const Work* wor
   });
 }
 
-extern "C" void run_lora(const Pool* pool, const Group* group, const Work* work, int list, const Element* x, Element* delta,
-                         int num_rows, int num_clusters, int cluster) {
 #if HAS_CLUSTER
+extern "C" void run_cluster_kernel(const Pool* pool, const Group* group, const Work* work, int list, const Element* x,
+                                   Element* delta, int num_rows, int num_clusters, int cluster) {
   num_clusters = min(num_clusters, num_rows * group->num_modules);
   launch(num_clusters * cluster, TEAM_THREADS, [=] { lora_cluster(*pool, *group, *work, list, x, delta); }, cluster);
+}
 #endif
+
+extern "C" void run_shrink(const Pool* pool, const Group* group, const Work* work, int list, const Element* x) {
   launch(2, THREADS, [=] { lora_shrink(*pool, *group, *work, list, x); });
+}
+
+extern "C" void run_expand(const Pool* pool, const Group* group, const Work* work, int list, Element* delta) {
   launch(2, THREADS, [=] { lora_expand(*pool, *group, *work, list, delta); });
 }
 
@@ -32,6 +38,14 @@ extern "C" void run_silu_mul(const Pool* pool, const Group* group, const Work* w
 #endif
 
 extern "C" void seed(unsigned number) { chance.seed(number); }
+
+// While kernels run from here on, behind those before; one about every `rounds`th round, or if it is 0, while somebody waits.
+extern "C" void swap_in(void* to, const void* from, long bytes, u64* word, u64 value, int rounds) {
+  swap_ins.push_back({to, from, bytes, word, value});
+  swap_in_rounds = rounds;
+}
+
+extern "C" void forget_swap_ins() { swap_ins.clear(); }
 
 extern "C" void sizes(int* to) {
   to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;

@@ -13,6 +13,8 @@ from test_runner import make_requests, make_world
 
 import slora
 from slora import memory
+from slora.kernels import page_copy
+from slora.memory import DTYPES
 from slora.outputs import Result
 
 pytestmark = pytest.mark.gpu
@@ -86,7 +88,43 @@ def assert_same(got: list[Result], wanted: list[Result]) -> None:
             assert ours.logprobs[i][token] == pytest.approx(theirs.logprobs[i][token], abs=TOLERANCE)
 
 
+def make_copies_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of a swap-in takes 0.6 ms more, with NaN in its pages meanwhile.
+
+    By copies: a kernel might find no room beside those that wait for the pages.
+    """
+    copy = page_copy._copy
+    host = torch.full((32 << 20,), 255, dtype=torch.uint8).pin_memory()
+    device = torch.empty_like(host, device=DEVICE)
+
+    def copy_late(targets: list[int], sources: list[int], num_bytes: int, stream: int) -> None:
+        assert num_bytes <= len(host)
+        copy(targets, [host.data_ptr()] * len(targets), num_bytes, stream)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            device.copy_(host, non_blocking=True)
+        copy(targets, sources, num_bytes, stream)
+
+    monkeypatch.setattr(page_copy, "_copy", copy_late)
+
+
 @pytest.mark.filterwarnings("ignore:max_context is lowered")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cold_adapter_answers_like_a_resident_one(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """In a graph that waits for its pages, one request at a time: the same shapes, so the same bits."""
+    asks = draw(3, 33)
+    with slora.LLM(BASE, adapters=ADAPTERS, device=DEVICE, dtype=dtype, pool_bytes=1 << 28) as llm:
+        wanted = [run(llm, [ask])[0] for _ in range(2) for ask in asks][len(asks) :]
+    make_copies_late(monkeypatch)
+    pool_bytes = 56 * (1 << 14) * DTYPES[dtype].itemsize  # for two or three of the ten
+    with slora.LLM(BASE, adapters=ADAPTERS, device=DEVICE, dtype=dtype, pool_bytes=pool_bytes, max_running=8) as llm:
+        for shuffled in range(4):
+            order = random.Random(shuffled).sample(range(len(asks)), len(asks))
+            assert_same([run(llm, [asks[i]])[0] for i in order], [wanted[i] for i in order])
+        assert llm.stats().swap_ins > 20, llm.stats()
+
+
+@pytest.mark.filterwarnings("ignore:max_context is lowered")
+@pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,11 +134,15 @@ def assert_same(got: list[Result], wanted: list[Result]) -> None:
         {"pool_bytes": 70 << 16, "max_batch_tokens": 40, "prefetch": False},
     ],
 )
-def test_swap_ins_into_pages_just_freed_under_load(guarded: list[torch.Tensor], options: dict[str, Any]) -> None:
+def test_swap_ins_into_pages_just_freed_under_load(
+    guarded: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_late: bool
+) -> None:
     """A pool for two or three of ten adapters: every step frees pages of one and fills them with another's."""
     asks = draw(1, 44)
     with slora.LLM(BASE, adapters=ADAPTERS, device="cpu", dtype="float32") as llm:
         wanted = run(llm, asks)
+    if is_late:
+        make_copies_late(monkeypatch)
     with slora.LLM(BASE, adapters=ADAPTERS, device=DEVICE, dtype="float32", **options) as llm:
         deadline = time.monotonic() + 60
         for shuffled in range(12):

@@ -16,6 +16,12 @@ BASE, ADAPTERS = EXAMPLE / "base", EXAMPLE / "adapters"
 TIMEOUT_S = 120
 DEVICE = "cuda"
 
+IMPORTS = """
+import sys
+import slora
+
+DEVICE = sys.argv[1]
+"""
 BREAK = """
 import sys
 import numpy as np
@@ -77,6 +83,17 @@ with slora.LLM(sys.argv[3], adapters=sys.argv[4], device=DEVICE, dtype="float32"
         print("again", flush=True)
         raise
 """
+NEVER_ARRIVES = """
+from slora.kernels import page_copy
+
+page_copy._write_value = lambda word, value, stream: None
+with slora.LLM(sys.argv[3], adapters=sys.argv[4], device=DEVICE, dtype=sys.argv[2], pool_bytes=64 << 20) as llm:
+    assert len(llm.generate("abc").token_ids) > 0
+    try:
+        llm.generate("abc", adapter="reverse")
+    except slora.DeviceError as error:
+        print("DeviceError:", error, flush=True)
+"""
 SERVED = """
 from slora.cli import main
 
@@ -91,8 +108,8 @@ MESSAGES = {
 }
 
 
-def start(code: str, kind: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BREAK + code, DEVICE, kind, str(BASE), str(ADAPTERS)]
+def start(code: str, kind: str, prelude: str = BREAK) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", prelude + code, DEVICE, kind, str(BASE), str(ADAPTERS)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -114,6 +131,13 @@ def test_requests_end_with_a_device_error_and_the_process_with_it(kind: str) -> 
     assert re.search(MESSAGES[kind], reported[0])
     assert "again" in output.splitlines(), output
     assert process.returncode != 0, output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_swap_in_that_never_arrives_is_a_device_error(dtype: str) -> None:
+    """After ten seconds, by a trap: the context is lost."""
+    output = finish(start(NEVER_ARRIVES, dtype, prelude=IMPORTS))
+    assert "DeviceError: " in output, output
 
 
 @pytest.mark.parametrize("kind", MESSAGES)

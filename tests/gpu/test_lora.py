@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from slora.kernels import cuda
 from slora.kernels.lora import _GATE_UP, CLUSTERS, Lora, Shrunk
+from slora.kernels.page_copy import _write_value
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 6e-4}
@@ -71,7 +72,10 @@ class World:
             self.modules[row] = torch.from_numpy(descriptor).cuda()
             self.pages[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
         self.before = self.whole.clone()
-        self.lora = Lora(self.pool, self.modules, self.pages, max_rows=max_rows, max_segments=max_rows)
+        self.arrived = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self.needed_step = torch.zeros(1, dtype=torch.int32, device="cuda")
+        limits, words = {"max_rows": max_rows, "max_segments": max_rows}, (self.arrived, self.needed_step)
+        self.lora = Lora(self.pool, self.modules, self.pages, swap_ins=words, **limits)
         self.plan = torch.zeros(2 * max_rows + 2, dtype=torch.int32, device="cuda")
         self.max_rows = max_rows
 
@@ -268,6 +272,38 @@ def test_a_graph_replays_with_other_segments_and_adapters(cluster: int) -> None:
     world.set_segments([(0, 100), (1, 412)])
     graph.replay()
     compare(outs, world.expected([(0, 100), (1, 412)], xs), "bfloat16")
+
+
+@pytest.mark.parametrize("has_prefill", [False, True])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_graph_waits_for_weights_that_arrive_late(dtype: str, cluster: int, has_prefill: bool) -> None:
+    """All layers' together, by the copy engine alone: kernels that wait may have all multiprocessors."""
+    world = World("small", dtype, RANKS)
+    world.cluster, world.has_prefill = cluster, has_prefill
+    xs = world.inputs(300)
+    segments = distribution("uniform", 100, len(RANKS), world.rng)
+    world.set_segments([*segments, (0, 200)])
+    wanted = world.run(xs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = world.run(xs)
+    weights = world.whole.cpu().pin_memory()
+    slack, slack_host = (
+        torch.empty(16 << 20, dtype=torch.uint8, **kind) for kind in ({"device": "cuda"}, {"pin_memory": True})
+    )
+    copies = torch.cuda.Stream()
+    for step in range(1, 6):
+        world.needed_step.fill_(step)
+        world.whole.fill_(255)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(copies):
+            slack.copy_(slack_host, non_blocking=True)
+            world.whole.copy_(weights, non_blocking=True)
+            _write_value(world.arrived, step << 32 | world.config.num_layers, copies.cuda_stream)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out, want in zip(outs, wanted, strict=True)), f"step {step}"
 
 
 def test_non_finite_rows_stay_alone() -> None:

@@ -13,63 +13,48 @@ from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
 
-NUM_LAYERS = 3
 NOTHING = Counts(*[0] * len(Counts._fields))
 
 
-class FakeStep:
-    """Notes down what is prepared and waited for."""
-
-    def __init__(self, log: list[str], arrivals: list[int]) -> None:
-        self.log, self.arrivals, self.ids = log, list(arrivals), torch.zeros(0)
-
-    def prepare(self, num_rows: int, *, is_graph: bool = False, **_: bool) -> None:
-        self.log.append(f"prepare {num_rows}{' as in a graph' if is_graph else ''}")
-
-    def wait_for_adapters(self, layer: int) -> None:
-        while self.arrivals and self.arrivals[0] <= layer:
-            self.log.append(f"wait {self.arrivals.pop(0)}")
-
-
-def run(counts: Counts, arrivals: list[int]) -> list[str]:
-    """What `_forward` does for a plan with such counts, while these layers' weights are on their way."""
-    log: list[str] = []
+def fake_runner(log: list[str]) -> Any:
+    """A runner that notes down what it enqueues."""
     runner: Any = CudaRunner.__new__(CudaRunner)
-    runner._step = step = FakeStep(log, arrivals)
-    runner.pool = SimpleNamespace(config=SimpleNamespace(num_layers=NUM_LAYERS))
-    runner._hidden = torch.zeros(512, 1)
-
-    def forward(ids: torch.Tensor, batch: object) -> torch.Tensor:
-        for layer in range(NUM_LAYERS):
-            step.wait_for_adapters(layer)
-            log.append(f"layer {layer}")
-        return torch.zeros(int(log[0].split()[1]) if log[0].startswith("prepare") else 0, 1)
-
-    runner._decoder = SimpleNamespace(forward=forward)
-    runner._graphs = SimpleNamespace(run=lambda key, body: log.append(f"replay {key.num_rows}"))
-    plan: Any = SimpleNamespace(array=lambda name: np.array([0, counts.num_rows]))
-    runner._forward(StepShape.of(counts), plan)
-    return log
+    note = log.append
+    runner._copies = SimpleNamespace(
+        issue=lambda plan, wait_for: note(f"copies behind {wait_for}"), wait=lambda step: note(f"wait for {step}")
+    )
+    runner._step = SimpleNamespace(ids=torch.zeros(0), prepare=lambda num_rows, **_: note(f"prepare {num_rows}"))
+    runner._plan = SimpleNamespace(upload=lambda plan, how: note("upload"))
+    runner._tables = SimpleNamespace(update=lambda plan: None)
+    runner._sampler = SimpleNamespace(reset=lambda plan: None)
+    runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
+    runner._graphs = SimpleNamespace(run=lambda key, body: note(f"replay {key.num_rows}"))
+    runner._hidden, runner._num_launched, runner._ends = torch.zeros(512, 1), 0, {}
+    return runner
 
 
-def cold(num_rows: int) -> Counts:
-    return NOTHING._replace(num_rows=num_rows, num_requests=1, num_segments=1, flags=HAS_LORA)
+def fake_plan(**counts: int) -> Any:
+    return SimpleNamespace(
+        counts=NOTHING._replace(num_requests=1, num_segments=1, flags=HAS_LORA, **counts),
+        array=lambda name: np.array([0, counts["num_rows"]]),
+    )
 
 
-def test_a_step_that_waits_for_nothing_is_a_graph() -> None:
-    assert run(cold(500), []) == ["replay 504"]
-    assert run(cold(1), []) == ["replay 1"]
+@pytest.mark.parametrize(("num_rows", "expected"), [(1, "replay 1"), (500, "replay 504"), (513, "prepare 513")])
+def test_steps_are_graphs_up_to_512_rows(num_rows: int, expected: str) -> None:
+    log: list[str] = []
+    plan = fake_plan(num_rows=num_rows)
+    fake_runner(log)._forward(StepShape.of(plan.counts), plan)
+    assert log[0] == expected
 
 
-def test_a_graph_waits_for_the_whole_swap_in() -> None:
-    waits = ["wait 0", "wait 1", "wait 2"]
-    assert run(cold(500), [0, 1, 2]) == [*waits, "replay 504"]
-
-
-def test_a_large_step_is_launched_for_itself_each_layer_behind_its_own_part_of_a_swap_in() -> None:
-    layers = ["layer 0", "wait 1", "layer 1", "layer 2"]
-    assert run(cold(513), [1]) == ["prepare 513", *layers]
-    assert run(cold(8000), []) == ["prepare 8000", "layer 0", "layer 1", "layer 2"]
+def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    log: list[str] = []
+    runner = fake_runner(log)
+    runner._ends = {6: "step 6"}
+    runner.launch(fake_plan(step=7, num_rows=500, num_copies=3, copies_wait_step=6, copies_needed_step=7))
+    assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no bytes left"), RuntimeError("no bytes left")])

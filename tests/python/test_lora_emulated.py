@@ -4,6 +4,7 @@ import ctypes
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from planning import GROUPS, Modules, pack, tiny_config
 
-from slora.kernels import lora
+from slora.kernels import lora, page_copy
 from slora.memory import DTYPES
 from slora.models.config import ModelConfig
 
@@ -64,10 +65,10 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class World:
     """Adapters in pages of random order, NaN where nobody wrote."""
 
-    def __init__(self, shape: str, dtype: str, ranks: list[int], page_tokens: int) -> None:
+    def __init__(self, shape: str, dtype: str, ranks: list[int], page_tokens: int, num_layers: int = 1) -> None:
         self.rng = random.Random(repr((shape, ranks)))
         torch.manual_seed(0)
-        self.config = ModelConfig.from_dict(tiny_config(num_hidden_layers=1, **SHAPES[shape]))
+        self.config = ModelConfig.from_dict(tiny_config(num_hidden_layers=num_layers, **SHAPES[shape]))
         self.dtype = DTYPES[dtype]
         page_bytes = self.config.page_bytes(page_tokens, dtype)
         self.adapters = [self.make_modules(rank) for rank in ranks]
@@ -76,21 +77,56 @@ class World:
         self.rng.shuffle(order)
         self.pages = torch.full((len(order), page_bytes), 255, dtype=torch.uint8)
         self.modules = np.stack([descriptor for _, descriptor in images])
+        self.num_pages = [len(image) for image, _ in images]
         self.page_lists = np.zeros((len(ranks), max(len(image) for image, _ in images)), np.int32)
         for row, (image, _) in enumerate(images):
             mine, order = order[: len(image)], order[len(image) :]
             self.pages[mine] = image
             self.page_lists[row, : len(mine)] = mine
+        self.source, self.step = self.pages.clone(), 0
         self.groups = [lora._group(self.config.module_dims, group) for group in GROUPS]
         self.max_ranks = 3 * max(ranks)
+        self.arrived, self.needed_step = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
 
     def make_modules(self, rank: int) -> Modules:
         modules: Modules = {}
-        for m, (in_size, out_size) in enumerate(self.config.module_dims):
+        for layer, (m, (in_size, out_size)) in product(
+            range(self.config.num_layers), enumerate(self.config.module_dims)
+        ):
             if self.rng.random() < 0.85:
                 r = self.rng.choice([rank, rank, max(1, rank // 2)])
-                modules[0, m] = (torch.randn(r, in_size) / in_size**0.5, torch.randn(out_size, r) / r**0.5, 2.0)
+                modules[layer, m] = (torch.randn(r, in_size) / in_size**0.5, torch.randn(out_size, r) / r**0.5, 2.0)
         return modules
+
+    def first_layers(self, row: int) -> list[int]:
+        """Which layer is the first to need each page of an adapter."""
+        layers = self.modules[row].reshape(self.config.num_layers, 7, -1)
+        starts = [min(((w[2], w[3]) for w in layer if w[0]), default=(1 << 30, 0)) for layer in layers.tolist()]
+        return [max(i for i, start in enumerate(starts) if start <= (page, 0)) for page in range(self.num_pages[row])]
+
+    def swap_in(self, library: ctypes.CDLL, rounds: int) -> list[int]:
+        """Have all pages lose what they hold, and get it back while kernels run, as PageCopies would copy them.
+
+        How many layers are complete with each of its calls.
+        """
+        self.step += 1
+        self.needed_step[0] = self.step
+        library.forget_swap_ins()
+        self.pages.fill_(255)
+        copies = [
+            (layer, page)
+            for row in range(len(self.adapters))
+            for layer, page in zip(self.first_layers(row), self.page_lists[row].tolist(), strict=False)
+        ]
+        copies.sort()
+        groups = page_copy._groups([layer for layer, _ in copies], self.config.num_layers)
+        for num_layers, start, end in groups:
+            for i in range(start, end):
+                to, source = (ctypes.c_void_p(pages[copies[i][1]].data_ptr()) for pages in (self.pages, self.source))
+                word = ctypes.c_void_p(self.arrived.data_ptr() if i == end - 1 else None)
+                value = ctypes.c_uint64(self.step << 32 | num_layers)
+                library.swap_in(to, source, ctypes.c_long(self.pages.shape[1]), word, value, rounds)
+        return [num_layers for num_layers, _, _ in groups]
 
     def run(
         self,
@@ -101,18 +137,21 @@ class World:
         team_size: int | None = None,
         gate_up: torch.Tensor | None = None,
         sum_chunks: int = 4,
+        num_layers: int | None = None,
+        before_each: Callable[[], object] = lambda: None,
     ) -> list[torch.Tensor]:
-        """The groups' deltas. With `gate_up`, its silu_mul in place of its group's delta."""
+        """The deltas of the groups of the first layers. With `gate_up`, its silu_mul in place of its group's delta."""
         cluster, num_clusters = clusters
+        num_lists = 4 * self.config.num_layers
         rows = sum(n for _, n in segments)
         stride = max(lora._sums_stride(group.in_size, self.max_ranks) for group in self.groups)
         max_units = 3 * (rows // 8 + MAX_SEGMENTS)
         words = [
             torch.zeros(n, dtype=torch.int32)
-            for n in (4 * lora._TOTALS, 4 * lora._LISTS * MAX_SEGMENTS, 4 * MAX_SEGMENTS * 36)
+            for n in (num_lists * lora._TOTALS, num_lists * lora._LISTS * MAX_SEGMENTS, num_lists * MAX_SEGMENTS * 36)
         ]
-        units = torch.zeros(4 * (2 + max_units), dtype=torch.int32)
-        starts = torch.zeros(4, lora._MAX_BLOCKS, 40, dtype=torch.int32)
+        units = torch.zeros(num_lists * (2 + max_units), dtype=torch.int32)
+        starts = torch.zeros(num_lists, lora._MAX_BLOCKS, 40, dtype=torch.int32)
         sums = torch.full((4 * rows * stride,), float("nan"))
         pool = lora._Pool(
             self.pages.data_ptr(),
@@ -120,7 +159,9 @@ class World:
             self.modules.ctypes.data,
             self.page_lists.ctypes.data,
             self.page_lists.shape[1],
-            1,
+            self.config.num_layers,
+            self.arrived.data_ptr(),
+            self.needed_step.data_ptr(),
         )
         work = lora._Work(*(t.data_ptr() for t in (*words, sums, units, starts)), MAX_SEGMENTS, stride, max_units)
         groups = lora._Groups((lora._Group * 4)(*self.groups))
@@ -135,16 +176,26 @@ class World:
         library.run_work(by_ref(pool), by_ref(groups), by_ref(work), *pointers, *chosen)
         if team_size is not None:
             num_blocks = num_clusters * cluster
-            self.share(units.view(4, -1), starts, words[2].view(4, MAX_SEGMENTS, -1), num_blocks, team_size)
+            self.share(
+                units.view(num_lists, -1), starts, words[2].view(num_lists, MAX_SEGMENTS, -1), num_blocks, team_size
+            )
         outs = []
-        for i, x in enumerate(xs):
-            out = x.new_full((rows, self.groups[i].out_stride), float("nan"))
+        for i in range(4 * (num_layers or self.config.num_layers)):
+            x, group = xs[i % 4], self.groups[i % 4]
+            out = x.new_full((rows, group.out_stride), float("nan"))
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
-            where = (by_ref(pool), by_ref(self.groups[i]), by_ref(work), i)
-            library.run_lora(*where, *pointers, *numbers)
-            if i == expanding:
-                mixed = x.new_full((rows, self.groups[i].out_stride // 2), float("nan"))
+            where = (by_ref(pool), by_ref(group), by_ref(work), i)
+            if hasattr(library, "run_cluster_kernel"):
+                before_each()
+                library.run_cluster_kernel(*where, *pointers, *numbers)
+            before_each()
+            library.run_shrink(*where, pointers[0])
+            before_each()
+            library.run_expand(*where, pointers[1])
+            if i % 4 == expanding:
+                mixed = x.new_full((rows, group.out_stride // 2), float("nan"))
                 pointers = [ctypes.c_void_p(t.data_ptr()) for t in (gate_up, out, mixed)]
+                before_each()
                 library.run_silu_mul(*where, *pointers)
                 out = mixed
             outs.append(out)
@@ -243,6 +294,38 @@ def test_a_row_does_not_depend_on_the_size_of_teams(
             few = [x[:rows].contiguous() for x in xs]
             for a, b in zip(together, world.run(library, [(0, rows)], few, (cluster, 1), team_size), strict=True):
                 assert torch.equal(a[:rows], b), f"seed {number}"
+
+
+@pytest.mark.parametrize("mix", ["few", "many"])
+def test_kernels_wait_for_weights_that_are_swapped_in_meanwhile(variant: tuple[str, ctypes.CDLL], mix: str) -> None:
+    """Each by itself: it may start before the one before it has waited."""
+    name, library = variant
+    has_consumer = name in ("cluster", "items")
+    ranks, segments = MIXES[mix]
+    world = World("aligned" if has_consumer else "odd", VARIANTS[name][0], ranks, 16, num_layers=2)
+    rows = sum(n for _, n in segments)
+    xs = [torch.randn(rows, group.in_size).to(world.dtype) for group in world.groups]
+    gate_up = torch.randn(rows, world.groups[lora._GATE_UP].out_stride).to(world.dtype) if has_consumer else None
+    wanted = world.run(library, segments, xs, gate_up=gate_up)
+    assert all(torch.isfinite(delta).all() for delta in wanted)
+    for number, rounds in enumerate((0, 50)):
+        library.seed(number)
+        outs = world.run(library, segments, xs, gate_up=gate_up, before_each=lambda n=rounds: world.swap_in(library, n))
+        library.forget_swap_ins()
+        for i, (got, want) in enumerate(zip(outs, wanted, strict=True)):
+            assert torch.equal(got, want), f"layer {i // 4}, group {i % 4}, seed {number}"
+
+
+def test_a_layer_waits_for_its_own_weights_only(variant: tuple[str, ctypes.CDLL]) -> None:
+    name, library = variant
+    world = World("aligned" if name in ("cluster", "items") else "odd", VARIANTS[name][0], [40], 16, num_layers=3)
+    xs = [torch.randn(3, group.in_size).to(world.dtype) for group in world.groups]
+    complete = world.swap_in(library, 0)
+    assert complete[0] == 1, "the first call has the first layer's pages"
+    assert len(complete) > 1
+    for num_layers in range(1, 4):
+        world.run(library, [(0, 3)], xs, num_layers=num_layers)
+        assert int(world.arrived) == 1 << 32 | next(n for n in complete if n >= num_layers)
 
 
 def test_the_host_knows_the_sizes(variant: tuple[str, ctypes.CDLL]) -> None:

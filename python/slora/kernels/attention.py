@@ -15,8 +15,9 @@ from slora.memory import PagePool
 from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-SPLIT_TOKENS, TILE_TOKENS = 256, 16
-MERGE_THREADS = 256
+SPLIT_TOKENS, TILE_TOKENS = 512, 16
+MERGE_THREADS = 128
+MERGE_BLOCKS = 16  # of a multiprocessor, at most
 WARPS = 4
 CHUNK_ROWS = 16 * WARPS
 SIMPLE_THREADS = 256
@@ -151,7 +152,8 @@ class Attention:
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
         kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
-        self._merge(blocks, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
+        heads = min(q.shape[0] * self.config.num_heads, MERGE_BLOCKS * self._properties.multi_processor_count)
+        self._merge(heads, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
 
     def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._chunks

@@ -102,7 +102,6 @@ def lora(x: Tensor, batch: Step, layer: int, group: int) -> Delta:
     """x [rows, in] -> delta [rows, out of the group's modules], zero where a row's adapter has no such module."""
     if not batch.has_lora:
         return None
-    batch.wait_for_adapters(layer)
     return batch.lora(x, layer, group)
 
 

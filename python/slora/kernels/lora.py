@@ -50,6 +50,8 @@ class _Pool(ctypes.Structure):
         ("adapter_pages", ctypes.c_void_p),
         ("max_adapter_pages", ctypes.c_int),
         ("num_layers", ctypes.c_int),
+        ("arrived", ctypes.c_void_p),
+        ("needed_step", ctypes.c_void_p),
     )
 
 
@@ -88,9 +90,11 @@ class Lora:
         max_rows: int,
         max_segments: int = 512,
         max_rank: int = 256,
+        swap_ins: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
-        descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank."""
+        descriptor tables on the device, int32; they are read anew in each step. `max_rank` bounds a module's rank.
+        `swap_ins`: how far they are (`PageCopies.arrived`), int64, and the plan's `copies_needed_step`, int32."""
         assert modules.is_cuda
         assert modules.is_contiguous()
         assert adapter_pages.is_contiguous()
@@ -108,7 +112,12 @@ class Lora:
             torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
             torch.zeros(num_lists * _MAX_BLOCKS * (4 + _SEGMENT_WORDS), dtype=torch.int32, device=device),
         )
-        self._tables = (pool.pages, modules, adapter_pages)
+        if swap_ins is None:
+            swap_ins = (
+                torch.zeros(1, dtype=torch.int64, device=device),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
+        self._tables = (pool.pages, modules, adapter_pages, *swap_ins)
         self._pool = _Pool(
             pool.pages.data_ptr(),
             pool.page_bytes,
@@ -116,6 +125,7 @@ class Lora:
             adapter_pages.data_ptr(),
             adapter_pages.shape[1],
             config.num_layers,
+            *(word.data_ptr() for word in swap_ins),
         )
         self._work = _Work(*(buffer.data_ptr() for buffer in self._buffers), max_segments, stride, max_units)
         aligned = all(size % 8 == 0 for dims in config.module_dims for size in dims)

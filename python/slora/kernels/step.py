@@ -9,7 +9,6 @@ from slora.kernels.attention import Attention
 from slora.kernels.descriptors import DeviceTables
 from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
-from slora.kernels.page_copy import Arrivals
 from slora.kernels.streams import recording_streams
 from slora.memory import PagePool
 from slora.plan import Counts, DevicePlan
@@ -26,12 +25,19 @@ class Step:
     """
 
     def __init__(
-        self, pool: PagePool, tables: DeviceTables, plan: DevicePlan, frequencies: Tensor, scaling: float
+        self,
+        pool: PagePool,
+        tables: DeviceTables,
+        plan: DevicePlan,
+        arrived: Tensor,
+        frequencies: Tensor,
+        scaling: float,
     ) -> None:
+        """`arrived`: how far the swap-ins are (`PageCopies.arrived`)."""
         device = pool.device
         self.pool, self.tables, self.plan = pool, tables, plan
         self.attention = Attention(pool, plan)
-        self._frequencies, self._scaling = frequencies, scaling
+        self._arrived, self._frequencies, self._scaling = arrived, frequencies, scaling
         self._max_rows, max_sampled = graphs.bucket(plan.capacity["token_ids"]), plan.capacity["sample_rows"]
         self._ids = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
         self._rotation = torch.zeros((self._max_rows, len(frequencies), 2), dtype=torch.float32, device=device)
@@ -41,8 +47,6 @@ class Step:
         self._lora: Lora | None = None
         _, self.side_stream = recording_streams(device)
         """For what may run beside the main stream's kernels, between two points of a layer."""
-        self.arrivals: Arrivals = []
-        """Swap-ins that the layers must still wait for; a replayed graph has none, all were waited for before it."""
         self._kernel = nvrtc.load("step").kernel("step_rows")
         self.num_rows = 0
         self.has_decode = self.has_prefill = self.has_lora = self.is_graph = self.has_branches = False
@@ -64,7 +68,7 @@ class Step:
         """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_lora, self.is_graph = has_decode, has_prefill, has_lora, is_graph
-        self.has_branches = has_lora and is_graph and not self.arrivals
+        self.has_branches = has_lora and is_graph
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)
@@ -81,16 +85,10 @@ class Step:
         self._kernel(blocks, THREADS, args)
         self.attention.prepare(is_graph=is_graph)
         if has_lora:
-            num_segments = self.plan["counts"][Counts._fields.index("num_segments") :]
-            segments = (num_segments, self.plan["seg_indptr"], self.plan["seg_adapter"])
+            segments = (self._count("num_segments"), self.plan["seg_indptr"], self.plan["seg_adapter"])
             self.lora.prepare(
                 *segments, num_rows=num_rows, has_prefill=has_prefill, has_few=has_few, leaves_expand=not is_graph
             )
-
-    def wait_for_adapters(self, layer: int) -> None:
-        """Make the current stream wait for the adapters' weights of `layer`."""
-        while self.arrivals and self.arrivals[0][0] <= layer:
-            torch.cuda.current_stream().wait_event(self.arrivals.pop(0)[1])
 
     @property
     def lora(self) -> Lora:
@@ -102,6 +100,7 @@ class Step:
                 self.tables.pages,
                 max_rows=self._max_rows,
                 max_segments=min(self.plan.capacity["seg_adapter"], MAX_SEGMENTS),
+                swap_ins=(self._arrived, self._count("copies_needed_step")),
             )
         return self._lora
 
@@ -114,6 +113,10 @@ class Step:
     def rotation(self) -> Tensor:
         """fp32 [num_rows, head_dim / 2, (cos, sin)]."""
         return self._rotation
+
+    def _count(self, name: str) -> Tensor:
+        """Where the plan has one of its counts."""
+        return self.plan["counts"][Counts._fields.index(name) :]
 
     def sample_index(self, num_sampled: int) -> Tensor:
         """int32 [num_sampled]: which rows are sampled."""
