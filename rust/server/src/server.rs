@@ -57,7 +57,7 @@ pub enum ServeError {
         reason: String,
     },
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {error}")]
+    #[error("cannot listen on {address}: {error}; hint: choose another host or port")]
     Bind {
         /// Host and port.
         address: String,
@@ -83,13 +83,15 @@ impl Server {
     /// loaded.
     ///
     /// # Errors
-    /// Whatever is wrong with the configuration's values, its folders or its keys file.
+    /// Whatever is wrong with the configuration's values, its folders, its keys file or its addresses.
     pub fn check(config: &ServerConfig, queue: QueueOrder) -> Result<(), ServeError> {
         check(config)?;
         generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
         let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path, queue)).transpose();
-        keys.map(drop).map_err(ServeError::Config)
+        keys.map(drop).map_err(ServeError::Config)?;
+        // Let go again: nobody is to wait in the queue of a server that is still loading.
+        doors(config).map(drop)
     }
 
     /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
@@ -114,8 +116,7 @@ impl Server {
             let keys = keys_file::read(path, app.runtime.config().queue);
             app.auth.set_file_keys(keys.map_err(ServeError::Config)?);
         }
-        let (listener, address) = bind(&config.host, config.port)?;
-        let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+        let ((listener, address), metrics) = doors(config)?;
         let metrics_address = metrics.as_ref().map(|(_, address)| *address);
         let threads = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.threads())
@@ -140,7 +141,9 @@ impl Server {
         if !app.auth.has_keys() && !address.ip().is_loopback() {
             app.log.line("no_keys", json!({"hint": "without --api-key, only requests from this machine are answered"}));
         }
-        app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
+        let (at, metrics_at) = (address.to_string(), metrics_address.map(|address| address.to_string()));
+        let model = app.base_names.first();
+        app.log.line("listening", json!({"address": at, "metrics_address": metrics_at, "model": model}));
         Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
     }
 
@@ -194,6 +197,8 @@ impl Server {
                     eprintln!("slora: the engine has failed and the process did not end: {reason}");
                     // No handler runs that could hang too, and no core of all the pinned memory is written.
                     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                    // The first process of a container cannot kill itself.
+                    std::process::abort();
                 }
                 std::thread::sleep(WATCH_INTERVAL);
             }
@@ -224,12 +229,12 @@ impl Drop for Server {
 fn check(config: &ServerConfig) -> Result<(), ServeError> {
     let limits = &config.limits;
     let times = [
-        ("header_timeout_s", limits.header_timeout_s),
-        ("body_timeout_s", limits.body_timeout_s),
-        ("stall_timeout_s", limits.stall_timeout_s),
-        ("accept_timeout_s", limits.accept_timeout_s),
-        ("keep_alive_s", limits.keep_alive_s),
-        ("adapter_poll_s", config.adapter_poll_s),
+        ("header_timeout", limits.header_timeout_s),
+        ("body_timeout", limits.body_timeout_s),
+        ("stall_timeout", limits.stall_timeout_s),
+        ("accept_timeout", limits.accept_timeout_s),
+        ("keep_alive", limits.keep_alive_s),
+        ("adapter_poll", config.adapter_poll_s),
     ];
     for (name, value) in times {
         if !(value > 0.0 && value <= 86_400.0) {
@@ -253,7 +258,7 @@ fn check(config: &ServerConfig) -> Result<(), ServeError> {
         }
     }
     if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
-        let message = format!("step_timeout_s is {}, it must be 0 to 86400", config.step_timeout_s);
+        let message = format!("step_timeout is {}, it must be 0 to 86400", config.step_timeout_s);
         return Err(ServeError::Config(message));
     }
     Ok(())
@@ -294,7 +299,16 @@ fn register(app: &App) -> Result<(), ServeError> {
     }
 }
 
-fn bind(host: &str, port: u16) -> Result<(std::net::TcpListener, SocketAddr), ServeError> {
+type Bound = (std::net::TcpListener, SocketAddr);
+
+/// The port for everything and, where it is wanted, the one for metrics.
+fn doors(config: &ServerConfig) -> Result<(Bound, Option<Bound>), ServeError> {
+    let main = bind(&config.host, config.port)?;
+    let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+    Ok((main, metrics))
+}
+
+fn bind(host: &str, port: u16) -> Result<Bound, ServeError> {
     let failed = |error| ServeError::Bind { address: format!("{host}:{port}"), error };
     let listen = |address: SocketAddr| {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
