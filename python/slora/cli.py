@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slora import __version__, _core, config
-from slora.errors import AdapterError, SloraError
+from slora.errors import AdapterError, LoadError, SloraError
 
 EXAMPLES = """examples:
   slora demo                                              the embedded example, on whatever this machine has
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(commands)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(config.unrecognized(unknown) if options.run is run_serve else f"unrecognized arguments: {unknown}")
+        is_serve = options.run is run_serve
+        parser.error(config.unrecognized(unknown) if is_serve else f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = options.run(options)
         return code
@@ -176,8 +177,11 @@ def run_ls(options: argparse.Namespace) -> int:
     from slora.options import Options
 
     base, is_good = open_base(options.base), True
+    paths = Options(adapters=options.path).adapter_paths()
+    if not paths:
+        raise LoadError(f"{options.path}: no adapters; hint: a folder whose sub-folders have an adapter_config.json each")
     print(f"{'name':24}  rank        megabytes  modules")
-    for name, path in Options(adapters=options.path).adapter_paths().items():
+    for name, path in paths.items():
         try:
             report = json.loads(_core.check_adapter(str(path), base))
         except AdapterError as error:
