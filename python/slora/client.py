@@ -133,10 +133,10 @@ class Client:
                 return self._text().encode(prompt)
             except UnicodeEncodeError as error:
                 raise RequestError(f"the prompt is no Unicode text: {error}") from None
-        prompt = _as_list(prompt)
-        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-            raise RequestError(f"a prompt is {_shown(prompt)}; hint: a text, or a list of token ids")
-        ids = list(prompt)
+        found: Any = _as_list(prompt)
+        if isinstance(found, bytes) or not isinstance(found, Sequence):
+            raise RequestError(f"a prompt is {_shown(found)}; hint: a text, or a list of token ids")
+        ids: list[Any] = list(found)
         if not all(type(i) is int for i in ids):
             ids = [int(i) if isinstance(i, Integral) else i for i in ids]
         largest = self._engine.model_config.vocab_size - 1

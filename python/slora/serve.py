@@ -69,7 +69,7 @@ def _stop(engine: "Engine", server: _core.Server, drain_timeout_s: float) -> Non
 
 
 class _Signals:
-    """Counts SIGTERM and SIGINT; one that comes before there is anything to drain, or a second one, ends the process."""
+    """Counts SIGTERM and SIGINT. A second one, or one before there is anything to drain, ends the process."""
 
     def __init__(self) -> None:
         self.count, self.is_serving = 0, False

@@ -181,8 +181,8 @@ class _Checkpoint:
         if single.exists():
             return {single: None}
         if pickles := sorted(path.name for path in self.path.glob("*") if path.suffix in _PICKLES):
-            self._fail(f"only pickled weights ({pickles[0]}) are there, which are never opened; hint: save as safetensors")
-        self._fail("neither model.safetensors nor model.safetensors.index.json is there; hint: was it downloaded whole?")
+            self._fail(f"only pickled weights ({pickles[0]}) are there; hint: save as safetensors")
+        self._fail("neither model.safetensors nor model.safetensors.index.json is there; hint: download them")
 
     def _weight_map(self, index: Path) -> dict[str, Any]:
         try:

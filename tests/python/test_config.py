@@ -215,7 +215,19 @@ def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--max-n", "0"], ["--adapter-root", "/nowhere"], ["--api-keys-file", "/nowhere"]]
+    "arguments",
+    [
+        ["--max-n", "0"],
+        ["--max-queued-tokens", "0"],
+        ["--header-timeout", "0"],
+        ["--adapter-root", "/nowhere"],
+        ["--api-keys-file", "/nowhere"],
+        ["--metrics-prefix", "a.b"],
+        ["--allowed-origins", "https://a.test/"],
+        ["--allowed-origins", "a.test"],
+        ["--served-model-name", "a:b"],
+        ["--adapter", "base=/nowhere"],
+    ],
 )
 def test_a_mistake_is_found_before_the_base_is_loaded(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/no/such/base", *arguments]) == 1

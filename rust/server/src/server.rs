@@ -15,7 +15,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use crate::app::{App, is_adapter_name};
+use crate::app::App;
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
@@ -85,7 +85,7 @@ impl Server {
     /// # Errors
     /// Whatever is wrong with the configuration's values, its folders, its keys file or its addresses.
     pub fn check(config: &ServerConfig, queue: QueueOrder) -> Result<(), ServeError> {
-        check(config)?;
+        config.check().map_err(ServeError::Config)?;
         generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
         let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path, queue)).transpose();
@@ -101,7 +101,7 @@ impl Server {
     /// # Errors
     /// Whatever is wrong with the configuration, an adapter or the address.
     pub fn start(mut config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
-        check(&config)?;
+        config.check().map_err(ServeError::Config)?;
         config.sampling_defaults = generation_config::defaults(&config).map_err(ServeError::Config)?;
         let roots = roots(&config)?;
         let log = Log::start().map_err(ServeError::Threads)?;
@@ -226,44 +226,6 @@ impl Drop for Server {
     }
 }
 
-fn check(config: &ServerConfig) -> Result<(), ServeError> {
-    let limits = &config.limits;
-    let times = [
-        ("header_timeout", limits.header_timeout_s),
-        ("body_timeout", limits.body_timeout_s),
-        ("stall_timeout", limits.stall_timeout_s),
-        ("accept_timeout", limits.accept_timeout_s),
-        ("keep_alive", limits.keep_alive_s),
-        ("adapter_poll", config.adapter_poll_s),
-    ];
-    for (name, value) in times {
-        if !(value > 0.0 && value <= 86_400.0) {
-            return Err(ServeError::Config(format!("{name} is {value}, it must be above 0 and at most 86400")));
-        }
-    }
-    let counts = [
-        ("max_connections", limits.max_connections, 1 << 20),
-        ("max_queued_requests", limits.max_queued_requests, 1 << 24),
-        ("max_body_bytes", limits.max_body_bytes, 1 << 30),
-        ("max_header_bytes", limits.max_header_bytes, 1 << 24),
-        ("max_json_depth", limits.max_json_depth, 128),
-        ("max_n", limits.max_n, 1 << 16),
-        ("max_messages", limits.max_messages, 1 << 20),
-        ("max_message_bytes", limits.max_message_bytes, 1 << 30),
-        ("text_threads", limits.text_threads, 64),
-    ];
-    for (name, value, limit) in counts {
-        if value == 0 || value > limit {
-            return Err(ServeError::Config(format!("{name} is {value}, it must be 1 to {limit}")));
-        }
-    }
-    if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
-        let message = format!("step_timeout is {}, it must be 0 to 86400", config.step_timeout_s);
-        return Err(ServeError::Config(message));
-    }
-    Ok(())
-}
-
 fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
     let resolve = |path: &PathBuf| {
         let resolved = path.canonicalize().map_err(|error| error.to_string());
@@ -282,21 +244,10 @@ fn absolute(path: &Path) -> PathBuf {
 /// The adapters of the command line are there before the first request is.
 fn register(app: &App) -> Result<(), ServeError> {
     for flag in &app.config.adapters {
-        let failed = |reason: String| ServeError::Adapter { name: flag.name.clone(), reason };
-        if app.base_names.contains(&flag.name) {
-            return Err(failed("is the base model's name".into()));
-        }
         let registered = app.runtime.register(&flag.name, &absolute(&flag.path), false, flag.pinned);
-        registered.map_err(|error| failed(error.to_string()))?;
+        registered.map_err(|error| ServeError::Adapter { name: flag.name.clone(), reason: error.to_string() })?;
     }
-    match app.base_names.iter().find(|name| name.contains(':')) {
-        Some(name) if is_adapter_name(name) => Ok(()),
-        Some(name) => {
-            let message = format!("served model name {name:?} has a colon, which stands between base and adapter");
-            Err(ServeError::Config(message))
-        }
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 type Bound = (std::net::TcpListener, SocketAddr);

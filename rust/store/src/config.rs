@@ -269,7 +269,8 @@ fn bad_value<T>(key: &'static str, value: &str, expected: &'static str) -> Resul
 
 /// Without the file's own layout.
 fn one_line(value: &RawValue) -> String {
-    serde_json::from_str::<serde_json::Value>(value.get()).map_or_else(|_| value.get().into(), |value| value.to_string())
+    serde_json::from_str::<serde_json::Value>(value.get())
+        .map_or_else(|_| value.get().into(), |value| value.to_string())
 }
 
 /// Null, false or empty.

@@ -170,7 +170,11 @@ pub enum AdapterError {
     TooManyTensors { limit: usize },
     #[error("{file} has the key `{}` twice", shown(key))]
     DuplicateKey { file: &'static str, key: String },
-    #[error("tensor `{}` is of dtype {}, only F32, F16 and BF16 are served; hint: save it as one of them", shown(name), shown(dtype))]
+    #[error(
+        "tensor `{}` is of dtype {}, only F32, F16 and BF16 are served; hint: save it as one of them",
+        shown(name),
+        shown(dtype)
+    )]
     UnsupportedDtype { name: String, dtype: String },
     #[error("tensor `{}` has shape {shape:?}, whose bytes do not fit 64 bits", shown(name))]
     ShapeOverflow { name: String, shape: Vec<u64> },
