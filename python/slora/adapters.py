@@ -9,7 +9,7 @@ from typing import Any
 from slora.engine import Engine
 from slora.errors import AdapterError, UnknownAdapterError
 
-REPLACE_POLL_S = 0.002
+REPLACE_POLL_S, REPLACE_TIMEOUT_S = 0.002, 60.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ class Adapters(Mapping[str, AdapterInfo]):
         """
         self._engine.check_open()
         found = before = _info(self._engine.core.register(name, str(path), replace, pinned))
+        deadline = time.monotonic() + REPLACE_TIMEOUT_S
         while found.replacing:
+            if time.monotonic() > deadline:
+                why = f"its new version is not loaded after {REPLACE_TIMEOUT_S:g} s, and in force once it is"
+                raise AdapterError(f"adapter {name!r}: {why}; hint: raise host_bytes")
             time.sleep(REPLACE_POLL_S)
             found = self[name]
         if before.replacing and found.version == before.version and found.reason:

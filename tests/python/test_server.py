@@ -1,17 +1,21 @@
 """`slora serve` as its users start it: a process, spoken to over HTTP."""
 
+import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE
 from device import flags
-from serving import EXAMPLE, Served
+from serving import ADMIN, EXAMPLE, Served
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,36 @@ def test_a_signal_before_it_serves_ends_it(number: signal.Signals) -> None:
     command = [sys.executable, "-c", script, "serve", str(BASE), "--port", "0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_a_chat_template_that_cannot_be_parsed_is_logged_at_the_start(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BASE, base)
+    (base / "chat_template.jinja").write_text("{% for x in %}")
+    with Served(str(base)) as served:
+        assert served.call("/v1/completions", {"prompt": "a"})[0] == 200
+        chat = {"messages": [{"role": "user", "content": "a"}]}
+        assert served.call("/v1/chat/completions", chat, key=None)[0] == 400
+    assert any('"chat_template_refused"' in line and "line 1" in line for line in served.log)
+
+
+def test_a_folder_whose_name_cannot_be_an_adapters_is_logged(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS / "upper", tmp_path / "my adapter")
+    shutil.copytree(ADAPTERS / "upper", tmp_path / ".hidden")
+    with Served(str(BASE), "--adapter-dir", str(tmp_path)) as served:
+        assert len(json.loads(served.call("/v1/models", key=None)[1])["data"]) == 1
+    (refusal,) = (json.loads(line) for line in served.log if '"adapter_refused"' in line)
+    assert (refusal["adapter"], "must be 1 to 128" in refusal["error"]) == ("my adapter", True)
+
+
+def test_a_compressed_body_is_refused(served: Served) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip", "authorization": f"Bearer {ADMIN}"}
+    body = gzip.compress(b'{"prompt": "a"}')
+    request = urllib.request.Request(f"{served.url}/v1/completions", body, headers)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request)
+    assert refusal.value.code == 415
+    assert "must not be compressed" in refusal.value.read().decode()
 
 
 def test_answers_that_outlast_the_drain_end_with_an_error() -> None:

@@ -141,6 +141,11 @@ impl Server {
         if !app.auth.has_keys() && !address.ip().is_loopback() {
             app.log.line("no_keys", json!({"hint": "without --api-key, only requests from this machine are answered"}));
         }
+        let template = app.runtime.text().and_then(|text| text.chat_template());
+        if let Some(error) = template.and_then(|template| template.fault()) {
+            app.log
+                .line("chat_template_refused", json!({"error": error.to_string(), "hint": "chats are answered 400"}));
+        }
         let (at, metrics_at) = (address.to_string(), metrics_address.map(|address| address.to_string()));
         let model = app.base_names.first();
         app.log.line("listening", json!({"address": at, "metrics_address": metrics_at, "model": model}));
