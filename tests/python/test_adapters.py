@@ -70,6 +70,14 @@ def test_a_replaced_adapter_is_another_version(fresh: slora.LLM) -> None:
         assert fresh.generate("abc", adapter="reverse", **GREEDY).text == answer, "the very next request"
 
 
+def test_the_one_of_a_folder_that_cannot_be_served_is_named(tmp_path: Path) -> None:
+    for name in ("good", "odd"):
+        shutil.copytree(ADAPTERS / "upper", tmp_path / name)
+    (tmp_path / "odd" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(slora.AdapterError, match=r"^adapter 'odd': .*LOHA"):
+        slora.LLM(BASE, adapters=tmp_path, **engine_options())
+
+
 def test_a_replacement_that_cannot_be_loaded_is_an_error_and_changes_nothing(fresh: slora.LLM, tmp_path: Path) -> None:
     assert fresh.generate("abc", adapter="reverse", **GREEDY).text == "cba"
     copy = tmp_path / "broken"

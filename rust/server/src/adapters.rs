@@ -184,7 +184,10 @@ async fn in_force(app: &Arc<App>, registered: AdapterDetails) -> Result<AdapterD
     }
     while found.info.replacing && Instant::now() < deadline {
         tokio::time::sleep(REPLACE_POLL).await;
-        found = details(app, &found.info.name)?;
+        found = app.runtime.adapter(&found.info.name)?.ok_or_else(|| {
+            ApiError::new(StatusCode::BAD_REQUEST, "adapter_invalid", "the adapter was removed meanwhile")
+                .with_param("lora_name")
+        })?;
     }
     match found.info.failure.clone() {
         Some(failure) if found.info.version == before => {
