@@ -210,7 +210,12 @@ pub enum AdapterError {
     RankZero { at: String },
     #[error("tensor `{}` has rank {b_rank}, its lora_A has rank {a_rank}", shown(name))]
     RankMismatch { name: String, a_rank: u64, b_rank: u64 },
-    #[error("tensor `{}` has rank {rank}, adapter_config.json says {config_rank} ({})", shown(name), shown(by))]
+    #[error(
+        "tensor `{}` has rank {rank}, adapter_config.json says {config_rank} ({}); hint: PEFT \
+        cannot load it either, the first key of rank_pattern that matches counts",
+        shown(name),
+        shown(by)
+    )]
     ContradictoryRank { name: String, rank: u32, config_rank: u32, by: String },
     #[error(
         "tensor `{}` gets the scale {scale:e} from alpha {alpha:e} and rank {rank}, \
