@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The model is mounted, nothing is downloaded when it starts. Without a key only the container itself is answered:
 #   docker build -t slora .
-#   docker run --init --stop-timeout 20 -p 8000:8000 -v /models/base:/model:ro -v /models/adapters:/adapters:ro \
+#   docker run --stop-timeout 60 -p 8000:8000 -v /models/base:/model:ro -v /models/adapters:/adapters:ro \
 #     -e SLORA_API_KEY=… --gpus all slora
 
 FROM rust:1-slim-bookworm AS wheel
@@ -30,5 +30,5 @@ ENV PATH=/slora/bin:$PATH \
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5m \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"SLORA_PORT\", 8000)}/health/ready')"]
+    CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('SLORA_PORT', 8000))); c.request('GET', '/health/ready'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["slora", "serve"]

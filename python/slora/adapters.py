@@ -1,12 +1,15 @@
 """The adapters of an engine, as a mapping from names."""
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from slora.engine import Engine
-from slora.errors import UnknownAdapterError
+from slora.errors import AdapterError, UnknownAdapterError
+
+REPLACE_POLL_S, REPLACE_TIMEOUT_S = 0.002, 60.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,23 @@ class Adapters(Mapping[str, AdapterInfo]):
     def add(self, name: str, path: str | Path, *, replace: bool = False, pinned: bool = False) -> AdapterInfo:
         """Make the checkpoint in `path` known. Its weights are read when a request first needs them.
 
-        `replace`: a taken name gets a new version; unfinished requests keep the old one. `pinned`: load it now and keep
-        it on the device. Raises AdapterError, naming the key or tensor that cannot be served.
+        `replace`: a taken name gets a new version; unfinished requests keep the old one. If that was in use, the call
+        waits until the new one is loaded, so that every later request gets it (with asyncio: `asyncio.to_thread`).
+        `pinned`: load it now and keep it on the device. Raises AdapterError, naming the key or tensor that cannot be
+        served; the old version then stays.
         """
         self._engine.check_open()
-        return _info(self._engine.core.register(name, str(path), replace, pinned))
+        found = before = _info(self._engine.core.register(name, str(path), replace, pinned))
+        deadline = time.monotonic() + REPLACE_TIMEOUT_S
+        while found.replacing:
+            if time.monotonic() > deadline:
+                why = f"its new version is not loaded after {REPLACE_TIMEOUT_S:g} s, and in force once it is"
+                raise AdapterError(f"adapter {name!r}: {why}; hint: raise host_bytes")
+            time.sleep(REPLACE_POLL_S)
+            found = self[name]
+        if before.replacing and found.version == before.version and found.reason:
+            raise AdapterError(found.reason)
+        return found
 
     def remove(self, name: str) -> None:
         """Forget a name; requests that use it still finish. Raises UnknownAdapterError."""
@@ -68,7 +83,7 @@ class Adapters(Mapping[str, AdapterInfo]):
         self._engine.check_open()
         found = self._engine.core.adapter(name)
         if found is None:
-            raise UnknownAdapterError(f"adapter {name!r} is not registered")
+            raise UnknownAdapterError(f'no adapter is named "{name}"')
         return _info(found)
 
     def __iter__(self) -> Iterator[str]:

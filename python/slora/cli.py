@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slora import __version__, _core, config
-from slora.errors import AdapterError, SloraError
+from slora.errors import AdapterError, LoadError, SloraError
 
 EXAMPLES = """examples:
   slora demo                                              the embedded example, on whatever this machine has
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(commands)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(config.unrecognized(unknown) if options.run is run_serve else f"unrecognized arguments: {unknown}")
+        is_serve = options.run is run_serve
+        parser.error(config.unrecognized(unknown) if is_serve else f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = options.run(options)
         return code
@@ -176,8 +178,11 @@ def run_ls(options: argparse.Namespace) -> int:
     from slora.options import Options
 
     base, is_good = open_base(options.base), True
+    paths = Options(adapters=options.path).adapter_paths()
+    if not paths:
+        raise LoadError(f"{options.path}: no adapters; hint: a folder whose sub-folders are adapters")
     print(f"{'name':24}  rank        megabytes  modules")
-    for name, path in Options(adapters=options.path).adapter_paths().items():
+    for name, path in paths.items():
         try:
             report = json.loads(_core.check_adapter(str(path), base))
         except AdapterError as error:
@@ -266,32 +271,36 @@ def add_bench(commands: Parsers) -> None:
         "--admin-key", default=os.environ.get("SLORA_ADMIN_KEY"), help="also SLORA_ADMIN_KEY; for --churn"
     )
     when = parser.add_argument_group("when requests are sent")
-    when.add_argument("--rate", type=float, metavar="R", help="so many a second, whatever the server does")
-    when.add_argument("--cv", type=float, metavar="CV", help="with --rate: variation of the gaps; 1 (default): Poisson")
+    when.add_argument("--rate", type=number, metavar="R", help="so many a second, whatever the server does")
     when.add_argument(
-        "--connections", type=int, default=64, help="without --rate: each sends when the last was answered"
+        "--cv", type=number, metavar="CV", help="with --rate: variation of the gaps; 1 (default): Poisson"
     )
-    when.add_argument("--duration", type=float, metavar="S", help="for so long; default 10, or until --requests")
-    when.add_argument("--requests", type=int, metavar="N", help="so many")
+    when.add_argument(
+        "--connections", type=count, default=64, help="without --rate: each sends when the last was answered"
+    )
+    when.add_argument("--duration", type=number, metavar="S", help="for so long; default 10, or until --requests")
+    when.add_argument("--requests", type=count, metavar="N", help="so many")
     what = parser.add_argument_group("what they ask")
     what.add_argument(
         "--adapters", default="auto", metavar="NAMES", help="a,b,c: most popular first; auto: all there are"
     )
     what.add_argument("--popularity", choices=("uniform", "zipf", "power"), default="uniform")
-    what.add_argument("--alpha", type=float, help="zipf: k-th name 1/k^alpha, default 1; power: below 1, default 0.3")
+    what.add_argument("--alpha", type=number, help="zipf: k-th name 1/k^alpha, default 1; power: default 0.3")
     what.add_argument("--input-len", type=span, default="64", metavar="N[:M]", help="tokens of a prompt; default 64")
     what.add_argument("--output-len", type=span, default="32", metavar="N[:M]", help="tokens of an answer; default 32")
     what.add_argument("--token-ids", type=span, metavar="N:M", help="ids of prompts; default: half of the vocabulary")
     what.add_argument("--no-stream", action="store_true", help="whole answers, without times of tokens")
-    what.add_argument("--cancel", type=float, default=0.0, metavar="SHARE", help="clients that leave before the end")
+    what.add_argument("--cancel", type=number, default=0.0, metavar="SHARE", help="clients that leave before the end")
     what.add_argument(
-        "--churn", type=float, default=0.0, metavar="R", help="adapters replaced by fresh copies a second"
+        "--churn", type=number, default=0.0, metavar="R", help="adapters replaced by fresh copies a second"
     )
-    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--seed", type=count, default=0)
     good = parser.add_argument_group("what is good, and where it goes")
-    good.add_argument("--slo-ttft", type=float, default=6.0, metavar="S", help="to the first token; default 6")
-    good.add_argument("--slo-itl", type=float, default=0.2, metavar="S", help="between tokens, on average; default 0.2")
-    good.add_argument("--timeout", type=float, default=600.0, metavar="S", help="a longer answer is broken")
+    good.add_argument("--slo-ttft", type=number, default=6.0, metavar="S", help="to the first token; default 6")
+    good.add_argument(
+        "--slo-itl", type=number, default=0.2, metavar="S", help="between tokens, on average; default 0.2"
+    )
+    good.add_argument("--timeout", type=number, default=600.0, metavar="S", help="a longer answer is broken")
     good.add_argument("--json", type=Path, metavar="FILE", help="all figures")
     good.add_argument("--plot", type=Path, metavar="FILE", help="tokens' times as .svg, .png or .pdf; needs matplotlib")
 
@@ -299,7 +308,20 @@ def add_bench(commands: Parsers) -> None:
 def span(text: str) -> dict[str, int]:
     """`N` or `N:M`."""
     least, _, most = text.partition(":")
-    return {"min": int(least), "max": int(most or least)}
+    return {"min": count(least), "max": count(most or least)}
+
+
+def count(text: str) -> int:
+    """0 or more."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
 
 
 def run_bench_serve(options: argparse.Namespace) -> int:

@@ -105,6 +105,8 @@ class Client:
     def _batch(self, prompts: Any, adapter: AdapterNames) -> tuple[list[Prompt], bool]:
         """The prompts, and whether it is a single one, not a list."""
         prompts = _as_list(prompts)
+        if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+            raise RequestError(f"prompts are {_shown(prompts)}; hint: a text, token ids, or a list of either")
         is_one = isinstance(prompts, str) or _is_list_of(prompts, Integral)
         each: Sequence[PromptLike] = [prompts] if is_one else prompts
         names = _names(adapter, len(each))
@@ -127,13 +129,19 @@ class Client:
 
     def _ids(self, prompt: PromptLike) -> list[int]:
         if isinstance(prompt, str):
-            return self._text().encode(prompt)
-        ids = list(_as_list(prompt))
+            try:
+                return self._text().encode(prompt)
+            except UnicodeEncodeError as error:
+                raise RequestError(f"the prompt is no Unicode text: {error}") from None
+        found: Any = _as_list(prompt)
+        if isinstance(found, bytes) or not isinstance(found, Sequence):
+            raise RequestError(f"a prompt is {_shown(found)}; hint: a text, or a list of token ids")
+        ids: list[Any] = list(found)
         if not all(type(i) is int for i in ids):
             ids = [int(i) if isinstance(i, Integral) else i for i in ids]
-        odd = [i for i in ids if not isinstance(i, int) or i < 0]
+        largest = self._engine.model_config.vocab_size - 1
+        odd = [i for i in ids if not isinstance(i, int) or not 0 <= i <= largest]
         if odd:
-            largest = self._engine.model_config.vocab_size - 1
             raise RequestError(f"the prompt holds {odd[0]!r}, its token ids must be from 0 to {largest}")
         return ids
 
@@ -142,11 +150,17 @@ class Client:
         messages: Conversation,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
+        for i, message in enumerate(messages):
+            parts = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(parts, list) and not all(_is_text(part) for part in parts):
+                raise RequestError(f"messages[{i}] has a part that is not text, which is not supported")
         now = time.localtime()
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         return self._text().encode_chat(
             json.dumps(messages),
             tools=json.dumps(tools) if tools is not None else None,
@@ -165,6 +179,10 @@ class Client:
         return self._engine.text
 
 
+def _is_text(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text"
+
+
 def _is_list_of(values: object, kind: type) -> bool:
     return isinstance(values, Sequence) and bool(values) and isinstance(values[0], kind)
 
@@ -174,9 +192,15 @@ def _as_list(prompts: Any) -> Any:
     return prompts.tolist() if hasattr(prompts, "tolist") else prompts
 
 
+def _shown(value: object) -> str:
+    return f"of type {type(value).__name__}: {value!r:.60}"
+
+
 def _names(adapter: AdapterNames, count: int) -> Sequence[str | None]:
     if adapter is None or isinstance(adapter, str):
         return [adapter] * count
+    if not isinstance(adapter, Sequence):
+        raise RequestError(f"adapter is {_shown(adapter)}; hint: a name, None, or a list of these")
     if len(adapter) != count:
         raise RequestError(
             f"adapter has {len(adapter)} names for {count} prompts; hint: one name, or one for each prompt"

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ class Config:
         """The configuration of the HTTP server."""
         if not self["model"]:
             raise ConfigError("no model; hint: slora serve path/to/base, or SLORA_MODEL")
-        return self.fields("server") | {"limits": self.fields("limits")}
+        # Clients are told where the base lies, and its folder may be its name.
+        fields = {"model": os.path.abspath(self["model"]), "limits": self.fields("limits")}
+        return self.fields("server") | fields
 
     def __str__(self) -> str:
         """As a file that `--config` reads; keys are counted, not shown."""

@@ -7,7 +7,7 @@ import platform
 from slora import __version__
 from slora.errors import SloraError
 
-PACKAGES = ("torch", "numpy", "safetensors", "tqdm", "cupy-cuda13x", "nvidia-cudnn-frontend")
+PACKAGES = ("torch", "numpy", "safetensors", "pyyaml", "tqdm", "nvidia-cudnn-frontend")
 
 
 def run() -> int:
@@ -45,7 +45,7 @@ def _print_cuda(index: int) -> None:
     try:
         print(f"  kernels: compiled at first use by NVRTC {nvrtc.nvrtc_version()}")
     except (SloraError, OSError, ImportError) as error:
-        print(f"  kernels: cannot be compiled: {error}; hint: pip install 'slora[cuda]'")
+        print(f"  kernels: cannot be compiled: {error}; hint: install torch with its CUDA libraries")
     prefill = "cuDNN" if cudnn.is_available() else "simple kernels; hint: pip install 'slora[cuda]'"
     print(f"  prefill attention: {prefill}")
 

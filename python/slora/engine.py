@@ -11,7 +11,7 @@ import torch
 
 from slora import _core
 from slora.base import make_base
-from slora.errors import ConfigError, LoadError, RequestError
+from slora.errors import AdapterError, ConfigError, LoadError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
@@ -223,7 +223,10 @@ class Engine:
     def _register(self, paths: dict[str, Path]) -> None:
         try:
             for name, path in paths.items():
-                self.core.register(name, str(path))
+                try:
+                    self.core.register(name, str(path))
+                except AdapterError as error:
+                    raise AdapterError(f"adapter {name!r}: {error}") from None
         except BaseException:
             self.close()
             raise

@@ -100,5 +100,7 @@ def make_sampling(options: Mapping[str, Any]) -> _core.Sampling:
     try:
         return _core.Sampling(**options)
     except OverflowError:
-        odd = {name: value for name, value in options.items() if isinstance(value, int) and abs(value) >= 2**63}
-        raise RequestError(f"{odd or 'a sampling option'}: integers must fit 64 bits") from None
+        odd = [
+            f"{name} is {value}" for name, value in options.items() if isinstance(value, int) and abs(value) >= 2**63
+        ]
+        raise RequestError(f"{', '.join(odd) or 'a sampling option'}: integers must fit 64 bits") from None

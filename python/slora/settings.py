@@ -46,8 +46,8 @@ def number(raw: object) -> float:
         value = float(raw) if isinstance(raw, str | int | float) and not isinstance(raw, bool) else math.nan
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError("must be a number")
+    if not 0 <= value < math.inf:
+        raise ValueError("must be a number, 0 or more")
     return value
 
 

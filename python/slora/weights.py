@@ -21,6 +21,7 @@ DUMMY_STD = 0.02
 DUMMY_SEED = 0
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _USELESS_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old checkpoints, recomputed from the configuration
+_PICKLES = (".bin", ".pt", ".pth")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,12 +66,13 @@ def load_weights(
 
     if load_format not in ("auto", "dummy"):
         raise ConfigError(f'load_format = {load_format!r}: must be "auto" or "dummy"')
+    checkpoint = None if load_format == "dummy" else _Checkpoint(Path(path))
     weights = _allocate(config, DTYPES[dtype], torch.device(device))
     targets = dict(_targets(config, weights))
-    if load_format == "dummy":
+    if checkpoint is None:
         _fill_dummy(targets)
     else:
-        _Checkpoint(Path(path)).read_into(weights, targets, config.tie_word_embeddings, progress)
+        checkpoint.read_into(weights, targets, config.tie_word_embeddings, progress)
     return weights
 
 
@@ -178,9 +180,9 @@ class _Checkpoint:
             return files
         if single.exists():
             return {single: None}
-        if any(self.path.glob("*.bin")):
-            self._fail("only pickled weights (.bin) are there, which are never opened; hint: save them as safetensors")
-        self._fail("neither model.safetensors nor model.safetensors.index.json is there")
+        if pickles := sorted(path.name for path in self.path.glob("*") if path.suffix in _PICKLES):
+            self._fail(f"only pickled weights ({pickles[0]}) are there; hint: save as safetensors")
+        self._fail("neither model.safetensors nor model.safetensors.index.json is there; hint: download them")
 
     def _weight_map(self, index: Path) -> dict[str, Any]:
         try:
@@ -197,7 +199,7 @@ class _Checkpoint:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 yield tensors
         except (OSError, SafetensorError) as error:
-            self._fail(f"{file.name} cannot be read: {error}")
+            self._fail(f"{file.name} cannot be read: {error}; hint: was it downloaded whole?")
 
     def _copy(self, tensors: Any, name: str, target: Tensor) -> None:
         source = tensors.get_tensor(name)

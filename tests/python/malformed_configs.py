@@ -30,6 +30,7 @@ FEATURES: list[tuple[str, str, list[Any]]] = [
     ("corda_config", "unsupported_corda", [{"n": 1}]),
     ("eva_config", "unsupported_eva", [{"rho": 2.0}]),
     ("lora_ga_config", "unsupported_lora_ga", [{"n": 1}]),
+    ("init_lora_weights", "unsupported_init", ["pissa", "olora", "loftq", "corda"]),
     ("ensure_weight_tying", "unsupported_weight_tying", [True]),
 ]
 

@@ -29,8 +29,12 @@ class Served:
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )
         assert self.process.stdout is not None
-        line = next((line for line in self.process.stdout if line.startswith("serving ")), None)
-        assert line is not None, f"{command} ended with {self.process.wait()}"
+        for line in self.process.stdout:
+            self.log.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise AssertionError(f"{command} ended with {self.process.wait()}")
         self.url = line.split()[-1]
         threading.Thread(target=self._read_log, daemon=True).start()
 

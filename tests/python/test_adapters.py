@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import ADAPTERS, BASE, NAMES
 from device import engine_options
+from safetensors.torch import load_file, save_file
 
 import slora
 
@@ -64,13 +65,30 @@ def test_adapters_come_and_go(fresh: slora.LLM, settled: Callable[[slora.LLM], s
 
 def test_a_replaced_adapter_is_another_version(fresh: slora.LLM) -> None:
     assert fresh.generate("abc", adapter="reverse", **GREEDY).text == "cba"
-    fresh.adapters.add("reverse", ADAPTERS / "upper", replace=True)
-    deadline = time.monotonic() + 5
-    while fresh.adapters["reverse"].version == 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    assert fresh.generate("abc", adapter="reverse", **GREEDY).text == "ABC"
-    assert fresh.adapters["reverse"].version == 2
+    for version, name, answer in ((2, "upper", "ABC"), (3, "reverse", "cba")):
+        assert fresh.adapters.add("reverse", ADAPTERS / name, replace=True).version == version
+        assert fresh.generate("abc", adapter="reverse", **GREEDY).text == answer, "the very next request"
+
+
+def test_the_one_of_a_folder_that_cannot_be_served_is_named(tmp_path: Path) -> None:
+    for name in ("good", "odd"):
+        shutil.copytree(ADAPTERS / "upper", tmp_path / name)
+    (tmp_path / "odd" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    with pytest.raises(slora.AdapterError, match=r"^adapter 'odd': .*LOHA"):
+        slora.LLM(BASE, adapters=tmp_path, **engine_options())
+
+
+def test_a_replacement_that_cannot_be_loaded_is_an_error_and_changes_nothing(fresh: slora.LLM, tmp_path: Path) -> None:
+    assert fresh.generate("abc", adapter="reverse", **GREEDY).text == "cba"
+    copy = tmp_path / "broken"
+    shutil.copytree(ADAPTERS / "upper", copy)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    tensors[min(tensors)][0, 0] = float("nan")
+    save_file(tensors, copy / "adapter_model.safetensors")
+    with pytest.raises(slora.AdapterError, match="weights must be finite"):
+        fresh.adapters.add("reverse", copy, replace=True)
+    assert fresh.generate("abc", adapter="reverse", **GREEDY).text == "cba"
+    assert fresh.adapters["reverse"].version == 1
 
 
 def test_a_pinned_adapter_is_loaded_at_once(fresh: slora.LLM) -> None:

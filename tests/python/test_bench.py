@@ -97,6 +97,14 @@ def test_a_mistake_is_said_before_anything_is_sent(
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("arguments", [["--rate", "nan"], ["--seed", "-1"], ["--output-len", "-1:4"]])
+def test_what_is_no_number_is_no_argument(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "serve", "http://127.0.0.1:1", f"{arguments[0]}={arguments[1]}"])
+    assert end.value.code == 2
+    assert f"argument {arguments[0]}: invalid" in capsys.readouterr().err
+
+
 def test_a_plot_without_its_library_is_refused_with_a_hint(
     served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,16 @@ def test_errors_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str])
     assert 'slora: UnknownAdapterError: no adapter is named "nobody"' in capsys.readouterr().err
     assert main(["generate", "/nowhere", "abc"]) == 1
     assert "LoadError" in capsys.readouterr().err
+    assert main(["adapters", "ls", str(BASE), "--base", str(BASE)]) == 1
+    assert "no adapters; hint" in capsys.readouterr().err
+
+
+@no_engine
+def test_arguments_that_nothing_takes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["generate", str(BASE), "abc", "--top-q", "1"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --top-q" in capsys.readouterr().err
 
 
 @no_engine

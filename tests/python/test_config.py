@@ -1,6 +1,7 @@
 """The configuration of `slora serve`: flags, variables, the file, defaults."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,8 @@ def test_every_field_of_the_server_and_of_the_engine_is_a_setting() -> None:
 
 def test_what_was_not_given_is_left_to_its_owner() -> None:
     config = Config({"model": "m", "max_n": "4", "adapter_dir": "d", "device": "cpu"}, {})
-    assert config.server() == {"model": "m", "adapter_dir": "d", "limits": {"max_n": 4}}
+    assert config.server() == {"model": str(Path("m").absolute()), "adapter_dir": "d", "limits": {"max_n": 4}}
+    assert Config({"model": "."}, {}).server()["model"] == str(Path.cwd()), "a name for the base"
     assert config.fields("engine") == {"device": "cpu"}
     with pytest.raises(ConfigError, match="hint: slora serve path/to/base"):
         Config({}, {}).server()
@@ -213,17 +215,37 @@ def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--max-n", "0"], ["--adapter-root", "/nowhere"], ["--api-keys-file", "/nowhere"]]
+    "arguments",
+    [
+        ["--max-n", "0"],
+        ["--max-queued-tokens", "0"],
+        ["--header-timeout", "0"],
+        ["--adapter-root", "/nowhere"],
+        ["--api-keys-file", "/nowhere"],
+        ["--metrics-prefix", "a.b"],
+        ["--allowed-origins", "https://a.test/"],
+        ["--allowed-origins", "a.test"],
+        ["--served-model-name", "a:b"],
+        ["--adapter", "base=/nowhere"],
+    ],
 )
 def test_a_mistake_is_found_before_the_base_is_loaded(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/no/such/base", *arguments]) == 1
     assert "ConfigError" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_found_before_the_base_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments in (["--port", port], ["--port", "0", "--metrics-port", port]):
+            assert main(["serve", "/no/such/base", *arguments]) == 1
+            assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
 def test_weights_of_keys_need_a_fair_queue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "keys.json"
     file.write_text(json.dumps({"keys": [{"sha256": "0" * 64, "tenant": "a", "weight": 2}]}))
-    arguments = ["serve", "/no/such/base", "--api-keys-file", str(file)]
+    arguments = ["serve", "/no/such/base", "--port", "0", "--api-keys-file", str(file)]
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "keys[0]: weight is 2" in error

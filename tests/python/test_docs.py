@@ -1,5 +1,7 @@
 """What README shows works as it stands there."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -7,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving import EXAMPLE, Served
 
 from slora.cli import main
+from slora.settings import BY_NAME
 
 pytestmark = pytest.mark.cpu_only(reason="commands as a reader types them, without a device")
 
@@ -33,3 +37,14 @@ def test_commands_run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) < 200
+
+
+def test_the_images_variables_are_settings_and_its_health_check_works() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    variables = set(re.findall(r"^    SLORA_(\w+)=", dockerfile, re.MULTILINE))
+    assert variables - {"CACHE_DIR"} == {"ADAPTER_DIR", "HOST", "MODEL"} <= {name.upper() for name in BY_NAME}
+    _, *check = json.loads(re.findall(r"^    CMD (\[.*\])$", dockerfile, re.MULTILINE)[0])
+    with Served(*EXAMPLE) as served:
+        environment = os.environ | {"SLORA_PORT": served.url.rsplit(":", 1)[1]}
+        assert subprocess.run([sys.executable, *check], env=environment, check=False).returncode == 0
+    assert subprocess.run([sys.executable, *check], env=environment, check=False, capture_output=True).returncode

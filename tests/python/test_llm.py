@@ -90,6 +90,16 @@ def test_chat_renders_as_transformers_and_never_doubles_special_tokens(llm: slor
     assert [result.text for result in several] == ["HELLO", "cba"]
 
 
+def test_a_chat_takes_text_only_and_continues_what_it_is_told_to(llm: slora.LLM) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    with pytest.raises(slora.RequestError, match=r"messages\[0\] has a part that is not text"):
+        llm.chat([{"role": "user", "content": [{"type": "text", "text": "abc"}, image]}])
+    messages = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "ab"}]
+    prompt = llm.chat(messages, continue_final_message=True, max_tokens=1).prompt_token_ids
+    opened = llm.chat(messages[:1], max_tokens=1).prompt_token_ids
+    assert prompt == [*opened, *llm.generate("ab", max_tokens=1).prompt_token_ids[1:]]
+
+
 def test_n_choices_are_as_requests_with_neighbouring_seeds(llm: slora.LLM) -> None:
     options: dict[str, Any] = {"temperature": 3.0, "max_tokens": 8, "logprobs": 0}
     result = llm.generate("hello", n=4, seed=11, **options)

@@ -126,7 +126,7 @@ def test_wrong_files_are_named(tmp_path: Path, config: ModelConfig) -> None:
     with pytest.raises(LoadError, match=r"neither model\.safetensors nor"):
         load(config, tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(LoadError, match=r"\.bin.*hint: save them as safetensors"):
+    with pytest.raises(LoadError, match=r"pytorch_model\.bin.*hint: save as safetensors"):
         load(config, tmp_path)
     save_sharded(tmp_path, make_tensors(config))
     shard = tmp_path / "model-00002-of-00003.safetensors"
@@ -265,12 +265,20 @@ def test_windows(changes: dict, windows: tuple) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"dtype": "float8_e4m3fn"}, "dtype"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
-        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": "x"}, r"^config.json: eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id = true"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000.*from 1 to 1024"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
     ],
 )
 def test_what_is_not_understood_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(tiny_config(**changes))
+
+
+def test_end_tokens_of_the_other_file_are_said_to_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"^generation_config.json: eos_token_id = -1"):
+        ModelConfig.from_dict(tiny_config(), {"eos_token_id": -1})
 
 
 def test_an_unreadable_config_is_named(tmp_path: Path) -> None:

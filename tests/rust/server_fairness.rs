@@ -121,7 +121,7 @@ fn a_keys_priority_works_in_either_order() {
 #[test]
 fn a_weight_without_a_fair_queue_is_refused_at_the_start_and_later_changes_nothing() {
     let shop = Shop::open(QueueOrder::Fcfs, 2, &[key("old", json!({"priority": 1}))]);
-    let config = ServerConfig { api_keys_file: Some(shop.keys.clone()), ..ServerConfig::default() };
+    let config = ServerConfig { api_keys_file: Some(shop.keys.clone()), port: 0, ..ServerConfig::default() };
     assert!(Server::check(&config, QueueOrder::Fcfs).is_ok());
     write(&shop.keys, &[key("new", json!({"weight": 2}))]);
     assert!(Server::check(&config, QueueOrder::Fair).is_ok());

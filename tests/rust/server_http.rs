@@ -123,7 +123,7 @@ fn what_a_user_gets_wrong_is_a_4xx_with_a_code_and_the_field() {
         (json!({"model": 3}), 400, "invalid_type", "model"),
         (json!({"prompt": []}), 400, "invalid_value", "prompt"),
         (json!({"prompt": [1, "x"]}), 400, "invalid_type", "prompt"),
-        (json!({"prompt": [999_999]}), 400, "invalid_value", ""),
+        (json!({"prompt": [999_999]}), 400, "invalid_value", "prompt"),
         (json!({"prompt": null}), 400, "missing_required_parameter", "prompt"),
         (json!({"temperature": -1}), 400, "invalid_value", "temperature"),
         (json!({"temperature": "hot"}), 400, "invalid_type", "temperature"),

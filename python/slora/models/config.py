@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_INTEGER, MAX_LAYERS = 2**31 - 1, 1024
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,7 +75,7 @@ class ModelConfig:
         head_dim = _positive(raw, "head_dim", 128 if family == "qwen3" and "head_dim" not in raw else hidden // heads)
         if head_dim % 2:
             refuse("head_dim", head_dim, "RoPE needs an even one")
-        num_layers = _positive(raw, "num_hidden_layers")
+        num_layers = _positive(raw, "num_hidden_layers", most=MAX_LAYERS)
         rope = _rope(raw)
         return cls(
             family=family,
@@ -132,10 +133,10 @@ class ModelConfig:
         return page_tokens
 
 
-def refuse(key: str, value: object, why: str) -> NoReturn:
+def refuse(key: str, value: object, why: str, file: str = "config.json") -> NoReturn:
     from slora.errors import ConfigError
 
-    raise ConfigError(f"config.json: {key} = {json.dumps(value, default=str)} is not supported: {why}")
+    raise ConfigError(f"{file}: {key} = {json.dumps(value, default=str)} is not supported: {why}")
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -145,8 +146,10 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
         return default
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read: {error.strerror}; hint: a base is a folder as from the hub") from None
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise LoadError(f"{path}: is not a JSON object")
     return content
@@ -160,10 +163,10 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
     return value
 
 
-def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _positive(raw: Mapping[str, Any], key: str, default: int | None = None, most: int = MAX_INTEGER) -> int:
     value = _number(raw, key, default)
-    if not isinstance(value, int):
-        refuse(key, value, "must be a positive integer")
+    if not isinstance(value, int) or value > most:
+        refuse(key, value, f"must be an integer from 1 to {most}")
     return value
 
 
@@ -232,7 +235,7 @@ def _max_context(rope: Rope, max_position: int) -> int:
         factor, original = rope.values["factor"], rope.values["original_max_position_embeddings"]
         assert factor is not None
         assert original is not None
-        return max(max_position, int(factor * original))
+        return min(max(max_position, int(factor * original)), MAX_INTEGER)
     return max_position
 
 
@@ -269,10 +272,10 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    value = generation.get("eos_token_id")
+    value, file = generation.get("eos_token_id"), "generation_config.json"
     if value is None:
-        value = raw.get("eos_token_id")
+        value, file = raw.get("eos_token_id"), "config.json"
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        refuse("eos_token_id", value, "token ids are expected")
+    if not all(type(i) is int and i >= 0 for i in ids):
+        refuse("eos_token_id", value, "token ids are expected", file)
     return tuple(dict.fromkeys(ids))

@@ -259,11 +259,6 @@ impl Engine {
         }
     }
 
-    /// Whether a request is unfinished.
-    pub fn is_unfinished(&self, id: RequestId) -> bool {
-        self.by_id.contains_key(&id)
-    }
-
     pub(crate) fn request(&self, place: u32) -> &Request {
         match &self.requests[place as usize] {
             Some(request) => request,

@@ -1,12 +1,14 @@
 //! The adapters' lifecycle: vLLM's two endpoints and a JSON resource, for admin keys.
 
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
 use serde_json::{Value, json};
 use slora_core::AdapterState;
-use slora_runtime::{AdapterDetails, RegisterError};
+use slora_runtime::{AdapterDetails, RegisterError, RequestError};
 
 use crate::app::App;
 use crate::errors::{ApiError, checkpoint_error};
@@ -16,6 +18,9 @@ use crate::schema::{Field, adapter_name, boolean, text};
 
 /// Entries of a checkpoint's folder that are looked at for links.
 const MAX_ENTRIES: usize = 1024;
+/// How long an answer waits for a replacement, which is loaded nevertheless, and how often it looks.
+const REPLACE_TIMEOUT: Duration = Duration::from_secs(60);
+const REPLACE_POLL: Duration = Duration::from_millis(2);
 
 const NAME: Field = Field::required("lora_name", "The adapter's name.", adapter_name);
 
@@ -48,9 +53,12 @@ pub(crate) async fn load_vllm(call: Call) -> Answer {
     let path: PathBuf = fields.require("lora_path")?;
     let replace = fields.take("load_inplace")?.unwrap_or(false);
     call.app.note_unknown(&fields)?;
-    let shown_name = name.clone();
-    call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
-    Ok(plain(format!("Success: LoRA adapter '{shown_name}' added successfully.")))
+    let registered = call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
+    let found = in_force(&call.app, registered).await?;
+    if found.info.replacing {
+        return Err(ApiError::overloaded("the adapter is still being loaded", 1));
+    }
+    Ok(plain(format!("Success: LoRA adapter '{}' added successfully.", found.info.name)))
 }
 
 /// `POST /v1/unload_lora_adapter`, as vLLM's; an unknown name is 404.
@@ -74,7 +82,7 @@ pub(crate) async fn list(call: Call) -> Answer {
 
 /// `GET /v1/adapters/{name}`.
 pub(crate) async fn get(call: Call) -> Answer {
-    Ok(json_response(&resource(&details(&call.app, &call.param)?)))
+    Ok(json_response(&resource(&details(&call.app, &call.param).map_err(in_resource)?)))
 }
 
 /// `PUT /v1/adapters/{name}`: registers, replaces, pins or unpins. Without a path the weights stay what they are.
@@ -94,7 +102,8 @@ pub(crate) async fn put(call: Call) -> Answer {
             details(app, &name)
         }
     };
-    Ok(json_response(&resource(&call.app.call(work).await.map_err(in_resource)?)))
+    let registered = call.app.call(work).await.map_err(in_resource)?;
+    Ok(json_response(&resource(&in_force(&call.app, registered).await.map_err(in_resource)?)))
 }
 
 /// The fields of vLLM's endpoints have other names than the resource's.
@@ -109,7 +118,7 @@ fn in_resource(error: ApiError) -> ApiError {
 /// `DELETE /v1/adapters/{name}`.
 pub(crate) async fn delete(call: Call) -> Answer {
     let name = call.param;
-    call.app.call(move |app| unload(app, &name)).await?;
+    call.app.call(move |app| unload(app, &name)).await.map_err(in_resource)?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
@@ -132,7 +141,7 @@ fn plain(text: String) -> Response<Body> {
 }
 
 fn details(app: &App, name: &str) -> Result<AdapterDetails, ApiError> {
-    app.runtime.adapter(name)?.ok_or_else(|| ApiError::model_not_found(&shown(name)))
+    app.runtime.adapter(name)?.ok_or_else(|| ApiError::model_not_found(&shown(name)).with_param("lora_name"))
 }
 
 fn unload(app: &App, name: &str) -> Result<(), ApiError> {
@@ -163,6 +172,30 @@ fn register(
         return details(app, name);
     }
     Ok(registered)
+}
+
+/// A replacement becomes what the name means once it is loaded. Answers wait for that: whoever asks after one is served by
+/// the new version.
+async fn in_force(app: &Arc<App>, registered: AdapterDetails) -> Result<AdapterDetails, ApiError> {
+    let before = registered.info.version;
+    let (mut found, deadline) = (registered, Instant::now() + REPLACE_TIMEOUT);
+    if !found.info.replacing {
+        return Ok(found);
+    }
+    while found.info.replacing && Instant::now() < deadline {
+        tokio::time::sleep(REPLACE_POLL).await;
+        found = app.runtime.adapter(&found.info.name)?.ok_or_else(|| {
+            ApiError::new(StatusCode::BAD_REQUEST, "adapter_invalid", "the adapter was removed meanwhile")
+                .with_param("lora_name")
+        })?;
+    }
+    match found.info.failure.clone() {
+        Some(failure) if found.info.version == before => {
+            let name = found.info.name.clone();
+            Err(ApiError::from(RequestError::AdapterFailed { name, failure }).with_param("lora_path"))
+        }
+        _ => Ok(found),
+    }
 }
 
 /// As answers and metrics call it.

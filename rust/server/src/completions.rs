@@ -47,6 +47,14 @@ impl Given {
             Self::Ids(_) => 0,
         }
     }
+
+    fn check_ids(&self, vocab_size: u32) -> Result<(), ApiError> {
+        let Self::Ids(ids) = self else { return Ok(()) };
+        ids.iter().find(|id| **id >= vocab_size).map_or(Ok(()), |id| {
+            let message = format!("the prompt holds token {id}, the vocabulary has {vocab_size} tokens");
+            Err(ApiError::invalid("prompt", message))
+        })
+    }
 }
 
 /// The route.
@@ -71,6 +79,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     }
     let config = app.runtime.config();
     sampling.check(config.vocab_size)?;
+    given.iter().try_for_each(|prompt| prompt.check_ids(config.vocab_size))?;
     given.iter().try_for_each(|prompt| check_text_len(&app, prompt.bytes()))?;
     let bounds: Vec<usize> = given.iter().map(Given::max_tokens).collect();
     let admitted = admit(&mut call, &bounds, sampling.n)?;

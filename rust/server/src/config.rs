@@ -185,7 +185,68 @@ impl Default for Limits {
     }
 }
 
+/// Of any time.
+const MAX_SECONDS: f64 = 86_400.0;
+
+fn check_seconds(name: &str, value: f64) -> Result<(), String> {
+    let is_good = value > 0.0 && value <= MAX_SECONDS;
+    if is_good { Ok(()) } else { Err(format!("{name} is {value}, it must be above 0 and at most {MAX_SECONDS}")) }
+}
+
+impl Limits {
+    fn check(&self) -> Result<(), String> {
+        check_seconds("header_timeout", self.header_timeout_s)?;
+        check_seconds("body_timeout", self.body_timeout_s)?;
+        check_seconds("stall_timeout", self.stall_timeout_s)?;
+        check_seconds("accept_timeout", self.accept_timeout_s)?;
+        check_seconds("keep_alive", self.keep_alive_s)?;
+        let counts = [
+            ("max_connections", self.max_connections as u64, 1 << 20),
+            ("max_queued_requests", self.max_queued_requests as u64, 1 << 24),
+            ("max_queued_tokens", self.max_queued_tokens, 1 << 40),
+            ("max_queued_bytes", self.max_queued_bytes, 1 << 40),
+            ("max_body_bytes", self.max_body_bytes as u64, 1 << 30),
+            ("max_header_bytes", self.max_header_bytes as u64, 1 << 24),
+            ("max_json_depth", self.max_json_depth as u64, 128),
+            ("max_n", self.max_n as u64, 1 << 16),
+            ("max_messages", self.max_messages as u64, 1 << 20),
+            ("max_message_bytes", self.max_message_bytes as u64, 1 << 30),
+            ("text_threads", self.text_threads as u64, 64),
+        ];
+        match counts.iter().find(|(_, value, limit)| !(1..=*limit).contains(value)) {
+            Some((name, value, limit)) => Err(format!("{name} is {value}, it must be 1 to {limit}")),
+            None => Ok(()),
+        }
+    }
+}
+
 impl ServerConfig {
+    /// What is out of range, or can only be a mistake.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.limits.check()?;
+        check_seconds("adapter_poll", self.adapter_poll_s)?;
+        if !(0.0..=MAX_SECONDS).contains(&self.step_timeout_s) {
+            return Err(format!("step_timeout is {}, it must be 0 to {MAX_SECONDS}", self.step_timeout_s));
+        }
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        if self.metrics_prefix.is_empty() || !self.metrics_prefix.chars().all(is_name) {
+            return Err(format!("metrics_prefix is {:?}, it must be of A-Z a-z 0-9 _", self.metrics_prefix));
+        }
+        // As browsers send it: anything else would never match.
+        let is_origin = |origin: &str| origin.split_once("://").is_some_and(|(_, host)| !host.contains('/'));
+        if let Some(origin) = self.allowed_origins.iter().find(|origin| *origin != "*" && !is_origin(origin)) {
+            return Err(format!("allowed_origins has {origin:?}; hint: https://HOST or https://HOST:PORT, or *"));
+        }
+        let bases = self.base_names();
+        if let Some(name) = bases.iter().find(|name| name.contains(':')) {
+            return Err(format!("served model name {name:?} has a colon, which stands between base and adapter"));
+        }
+        match self.adapters.iter().find(|adapter| bases.contains(&adapter.name)) {
+            Some(adapter) => Err(format!("adapter {:?}: is the base model's name", adapter.name)),
+            None => Ok(()),
+        }
+    }
+
     /// Names of the base model, at least one.
     pub(crate) fn base_names(&self) -> Vec<String> {
         if !self.served_model_names.is_empty() {

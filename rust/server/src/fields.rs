@@ -114,7 +114,10 @@ impl<T: TryFrom<i64>> Visitor<'_> for ReadWhole<T> {
     type Value = Whole<T>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(std::any::type_name::<T>())
+        f.write_str(match T::try_from(i64::MAX) {
+            Ok(_) => "an integer of 64 bits",
+            Err(_) => "an integer from 0 to 4294967295",
+        })
     }
 
     fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
@@ -148,12 +151,12 @@ pub(crate) fn values<T>(wholes: Vec<Whole<T>>) -> Vec<T> {
     wholes.into_iter().map(|Whole(value)| value).collect()
 }
 
-/// A wrong type, without the parser's position: the field is named instead.
+/// A wrong type, without the parser's position, since the field is named, and without Rust's names of types.
 pub(crate) fn type_error(name: &str, error: &serde_json::Error) -> ApiError {
     let message = error.to_string();
     let what = message.split(" at line ").next().unwrap_or_default();
     let code = if error.is_data() { "invalid_type" } else { "invalid_json" };
-    let what: String = what.chars().take(200).collect();
+    let what: String = what.replace("expected f32", "expected a number").chars().take(200).collect();
     ApiError::new(axum::http::StatusCode::BAD_REQUEST, code, format!("{name}: {what}")).with_param(name)
 }
 
@@ -247,8 +250,13 @@ mod tests {
         let error = fields.take_whole::<u32>("n").unwrap_err();
         assert_eq!(
             (error.code, &*error.message),
-            ("invalid_type", "n: invalid type: floating point `1.5`, expected u32")
+            ("invalid_type", "n: invalid type: floating point `1.5`, expected an integer from 0 to 4294967295")
         );
+        let texts = Fields::parse(br#"{"n": "x", "top_p": "x"}"#, 64, BODY).unwrap();
+        let messages = [texts.take_whole::<i64>("n").err(), texts.take::<f32>("top_p").err()];
+        for (error, expected) in messages.into_iter().zip(["an integer of 64 bits", "a number"]) {
+            assert!(error.is_some_and(|error| error.message.ends_with(&format!("expected {expected}"))), "{expected}");
+        }
     }
 
     #[test]

@@ -172,6 +172,10 @@ fn admit(app: &App, route: &Route, request: &Request, peer: &Peer) -> Result<Cal
 }
 
 fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let refused = |message| Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        return refused("the body must not be compressed; hint: send it without `Content-Encoding`");
+    }
     let value = headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or_default());
     let kind = value.and_then(|value| value.split(';').next()).map(str::trim);
     // Browsers send a body without a type for any page that asks them to, and ask nobody before.
@@ -179,8 +183,7 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     if kind.map_or(may_be_absent, |kind| kind.eq_ignore_ascii_case("application/json")) {
         return Ok(());
     }
-    let message = "the body must be JSON; hint: send `Content-Type: application/json`";
-    Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
+    refused("the body must be JSON; hint: send `Content-Type: application/json`")
 }
 
 /// Bytes that the body may have: what it says, or all that any may.

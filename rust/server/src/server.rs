@@ -15,7 +15,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use crate::app::{App, is_adapter_name};
+use crate::app::App;
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
@@ -57,7 +57,7 @@ pub enum ServeError {
         reason: String,
     },
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {error}")]
+    #[error("cannot listen on {address}: {error}; hint: choose another host or port")]
     Bind {
         /// Host and port.
         address: String,
@@ -83,13 +83,15 @@ impl Server {
     /// loaded.
     ///
     /// # Errors
-    /// Whatever is wrong with the configuration's values, its folders or its keys file.
+    /// Whatever is wrong with the configuration's values, its folders, its keys file or its addresses.
     pub fn check(config: &ServerConfig, queue: QueueOrder) -> Result<(), ServeError> {
-        check(config)?;
+        config.check().map_err(ServeError::Config)?;
         generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
         let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path, queue)).transpose();
-        keys.map(drop).map_err(ServeError::Config)
+        keys.map(drop).map_err(ServeError::Config)?;
+        // Let go again: nobody is to wait in the queue of a server that is still loading.
+        doors(config).map(drop)
     }
 
     /// Checks the configuration, registers its adapters, reads the keys and listens: afterwards connections are taken.
@@ -99,7 +101,7 @@ impl Server {
     /// # Errors
     /// Whatever is wrong with the configuration, an adapter or the address.
     pub fn start(mut config: ServerConfig, runtime: Arc<Runtime>) -> Result<Self, ServeError> {
-        check(&config)?;
+        config.check().map_err(ServeError::Config)?;
         config.sampling_defaults = generation_config::defaults(&config).map_err(ServeError::Config)?;
         let roots = roots(&config)?;
         let log = Log::start().map_err(ServeError::Threads)?;
@@ -114,8 +116,7 @@ impl Server {
             let keys = keys_file::read(path, app.runtime.config().queue);
             app.auth.set_file_keys(keys.map_err(ServeError::Config)?);
         }
-        let (listener, address) = bind(&config.host, config.port)?;
-        let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+        let ((listener, address), metrics) = doors(config)?;
         let metrics_address = metrics.as_ref().map(|(_, address)| *address);
         let threads = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.threads())
@@ -140,7 +141,14 @@ impl Server {
         if !app.auth.has_keys() && !address.ip().is_loopback() {
             app.log.line("no_keys", json!({"hint": "without --api-key, only requests from this machine are answered"}));
         }
-        app.log.line("listening", json!({"address": address.to_string(), "model": app.base_names.first()}));
+        let template = app.runtime.text().and_then(|text| text.chat_template());
+        if let Some(error) = template.and_then(|template| template.fault()) {
+            app.log
+                .line("chat_template_refused", json!({"error": error.to_string(), "hint": "chats are answered 400"}));
+        }
+        let (at, metrics_at) = (address.to_string(), metrics_address.map(|address| address.to_string()));
+        let model = app.base_names.first();
+        app.log.line("listening", json!({"address": at, "metrics_address": metrics_at, "model": model}));
         Ok(Self { app, address, metrics_address, stop, threads: Mutex::new(Some(threads)) })
     }
 
@@ -194,6 +202,8 @@ impl Server {
                     eprintln!("slora: the engine has failed and the process did not end: {reason}");
                     // No handler runs that could hang too, and no core of all the pinned memory is written.
                     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                    // The first process of a container cannot kill itself.
+                    std::process::abort();
                 }
                 std::thread::sleep(WATCH_INTERVAL);
             }
@@ -221,44 +231,6 @@ impl Drop for Server {
     }
 }
 
-fn check(config: &ServerConfig) -> Result<(), ServeError> {
-    let limits = &config.limits;
-    let times = [
-        ("header_timeout_s", limits.header_timeout_s),
-        ("body_timeout_s", limits.body_timeout_s),
-        ("stall_timeout_s", limits.stall_timeout_s),
-        ("accept_timeout_s", limits.accept_timeout_s),
-        ("keep_alive_s", limits.keep_alive_s),
-        ("adapter_poll_s", config.adapter_poll_s),
-    ];
-    for (name, value) in times {
-        if !(value > 0.0 && value <= 86_400.0) {
-            return Err(ServeError::Config(format!("{name} is {value}, it must be above 0 and at most 86400")));
-        }
-    }
-    let counts = [
-        ("max_connections", limits.max_connections, 1 << 20),
-        ("max_queued_requests", limits.max_queued_requests, 1 << 24),
-        ("max_body_bytes", limits.max_body_bytes, 1 << 30),
-        ("max_header_bytes", limits.max_header_bytes, 1 << 24),
-        ("max_json_depth", limits.max_json_depth, 128),
-        ("max_n", limits.max_n, 1 << 16),
-        ("max_messages", limits.max_messages, 1 << 20),
-        ("max_message_bytes", limits.max_message_bytes, 1 << 30),
-        ("text_threads", limits.text_threads, 64),
-    ];
-    for (name, value, limit) in counts {
-        if value == 0 || value > limit {
-            return Err(ServeError::Config(format!("{name} is {value}, it must be 1 to {limit}")));
-        }
-    }
-    if !(0.0..=86_400.0).contains(&config.step_timeout_s) {
-        let message = format!("step_timeout_s is {}, it must be 0 to 86400", config.step_timeout_s);
-        return Err(ServeError::Config(message));
-    }
-    Ok(())
-}
-
 fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
     let resolve = |path: &PathBuf| {
         let resolved = path.canonicalize().map_err(|error| error.to_string());
@@ -277,24 +249,22 @@ fn absolute(path: &Path) -> PathBuf {
 /// The adapters of the command line are there before the first request is.
 fn register(app: &App) -> Result<(), ServeError> {
     for flag in &app.config.adapters {
-        let failed = |reason: String| ServeError::Adapter { name: flag.name.clone(), reason };
-        if app.base_names.contains(&flag.name) {
-            return Err(failed("is the base model's name".into()));
-        }
         let registered = app.runtime.register(&flag.name, &absolute(&flag.path), false, flag.pinned);
-        registered.map_err(|error| failed(error.to_string()))?;
+        registered.map_err(|error| ServeError::Adapter { name: flag.name.clone(), reason: error.to_string() })?;
     }
-    match app.base_names.iter().find(|name| name.contains(':')) {
-        Some(name) if is_adapter_name(name) => Ok(()),
-        Some(name) => {
-            let message = format!("served model name {name:?} has a colon, which stands between base and adapter");
-            Err(ServeError::Config(message))
-        }
-        None => Ok(()),
-    }
+    Ok(())
 }
 
-fn bind(host: &str, port: u16) -> Result<(std::net::TcpListener, SocketAddr), ServeError> {
+type Bound = (std::net::TcpListener, SocketAddr);
+
+/// The port for everything and, where it is wanted, the one for metrics.
+fn doors(config: &ServerConfig) -> Result<(Bound, Option<Bound>), ServeError> {
+    let main = bind(&config.host, config.port)?;
+    let metrics = config.metrics_port.map(|port| bind(&config.host, port)).transpose()?;
+    Ok((main, metrics))
+}
+
+fn bind(host: &str, port: u16) -> Result<Bound, ServeError> {
     let failed = |error| ServeError::Bind { address: format!("{host}:{port}"), error };
     let listen = |address: SocketAddr| {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;

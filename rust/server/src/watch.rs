@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
-use crate::app::{App, is_adapter_name};
+use crate::app::App;
 
 /// Files of one adapter's folder that are looked at.
 const MAX_FILES: usize = 1024;
@@ -120,7 +120,7 @@ fn names(folder: &Path) -> std::io::Result<HashSet<String>> {
     let mut names = HashSet::new();
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        let name = entry.file_name().into_string().ok().filter(|name| is_adapter_name(name) && !name.starts_with('.'));
+        let name = entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'));
         names.extend(name.filter(|_| entry.path().is_dir()));
     }
     Ok(names)

@@ -61,9 +61,8 @@ const VARIANTS: [(&str, Feature); 17] = [
     ("velora_config", Feature::Velora),
 ];
 
-/// Initialisations that also change the base: LoRA weights trained from them fit the changed base only, unless they
-/// were converted when saved.
-const BASE_CHANGING_INITS: [&str; 5] = ["corda", "loftq", "lora_ga", "olora", "pissa"];
+/// Initialisations by name that leave the base as it is. All others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it when
+/// PEFT loads the adapter; what PEFT saved as converted says `true` instead.
 const HARMLESS_INITS: [&str; 4] = ["eva", "gaussian", "mica", "orthogonal"];
 
 /// Which modules the config says were trained.
@@ -117,11 +116,11 @@ impl Config {
         match key {
             "peft_type" => {}
             "r" => {
-                self.rank = read(value, "r", "a positive integer")?.unwrap_or(DEFAULT_RANK);
+                self.rank = require(value, "r", "a positive integer")?;
                 check_rank(self.rank, || "adapter_config.json: `r`".into())?;
             }
             "lora_alpha" => {
-                self.alpha = read(value, "lora_alpha", POSITIVE)?.unwrap_or(self.alpha);
+                self.alpha = require(value, "lora_alpha", POSITIVE)?;
                 check_alpha("lora_alpha", self.alpha)?;
             }
             "use_rslora" => self.rslora = read(value, "use_rslora", "true or false")?.unwrap_or(false),
@@ -140,15 +139,15 @@ impl Config {
             "target_modules" => self.targets = read_targets(value)?,
             "base_model_name_or_path" => self.base_model = read(value, "base_model_name_or_path", "a string")?,
             "bias" => self.read_bias(value)?,
-            "init_lora_weights" => self.read_init(value),
+            "init_lora_weights" => check_init(value)?,
             _ if IGNORED.contains(&key) || is_inactive(value) => {}
             _ => {
-                let value = value.get();
+                let value = one_line(value);
                 return Err(match VARIANTS.iter().find(|(name, _)| *name == key) {
                     Some(&(_, feature)) => {
                         AdapterError::Unsupported { feature, at: format!("adapter_config.json has `{key}` = {value}") }
                     }
-                    None => AdapterError::UnknownConfigKey { key: key.into(), value: value.into() },
+                    None => AdapterError::UnknownConfigKey { key: key.into(), value },
                 });
             }
         }
@@ -165,25 +164,6 @@ impl Config {
                 Ok(())
             }
             Some(_) => bad_value("bias", value.get(), EXPECTED),
-        }
-    }
-
-    fn read_init(&mut self, value: &RawValue) {
-        let init = serde_json::from_str::<String>(value.get()).unwrap_or_default();
-        if BASE_CHANGING_INITS.iter().any(|prefix| init.starts_with(prefix)) {
-            let message = format!(
-                "`init_lora_weights` is \"{}\", which changes the base before training: outputs are WRONG on the \
-                 plain base unless the adapter was converted when it was saved; hint: save it with \
-                 path_initial_model_for_weight_conversion",
-                shown(&init)
-            );
-            self.warn("init_changes_base", message);
-        } else if !init.is_empty() && !HARMLESS_INITS.contains(&init.as_str()) {
-            let message = format!(
-                "`init_lora_weights` is \"{}\", which slora does not know: outputs are wrong if it changes the base",
-                shown(&init)
-            );
-            self.warn("init_unknown", message);
         }
     }
 
@@ -212,6 +192,23 @@ fn check_peft_type(entries: &[(Cow<'_, str>, &RawValue)]) -> Result<(), AdapterE
         Ok(())
     } else {
         Err(AdapterError::NotLora { peft_type: peft_type.into() })
+    }
+}
+
+fn check_init(value: &RawValue) -> Result<(), AdapterError> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Init {
+        Flag(bool),
+        Name(String),
+    }
+    match read(value, "init_lora_weights", "true, false or a name")? {
+        None | Some(Init::Flag(true | false)) => Ok(()),
+        Some(Init::Name(name)) if HARMLESS_INITS.contains(&name.as_str()) => Ok(()),
+        Some(Init::Name(name)) => Err(AdapterError::Unsupported {
+            feature: Feature::Init,
+            at: format!("adapter_config.json has `init_lora_weights` = \"{name}\""),
+        }),
     }
 }
 
@@ -246,6 +243,15 @@ fn read<T: DeserializeOwned>(
     serde_json::from_str(value.get()).or_else(|_| bad_value(key, value.get(), expected))
 }
 
+/// As PEFT, which computes with it: null is no number.
+fn require<T: DeserializeOwned>(
+    value: &RawValue,
+    key: &'static str,
+    expected: &'static str,
+) -> Result<T, AdapterError> {
+    read(value, key, expected)?.map_or_else(|| bad_value(key, value.get(), expected), Ok)
+}
+
 fn read_table<T: DeserializeOwned>(
     value: &RawValue,
     key: &'static str,
@@ -259,6 +265,12 @@ fn read_table<T: DeserializeOwned>(
 
 fn bad_value<T>(key: &'static str, value: &str, expected: &'static str) -> Result<T, AdapterError> {
     Err(AdapterError::BadConfigValue { key, value: value.into(), expected })
+}
+
+/// Without the file's own layout.
+fn one_line(value: &RawValue) -> String {
+    serde_json::from_str::<serde_json::Value>(value.get())
+        .map_or_else(|_| value.get().into(), |value| value.to_string())
 }
 
 /// Null, false or empty.

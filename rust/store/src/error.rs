@@ -17,6 +17,7 @@ pub enum Feature {
     Dora,
     Embedding,
     Eva,
+    Init,
     Kasa,
     LayerReplication,
     LoraBias,
@@ -42,6 +43,7 @@ impl Feature {
             Feature::Dora => "unsupported_dora",
             Feature::Embedding => "unsupported_embedding",
             Feature::Eva => "unsupported_eva",
+            Feature::Init => "unsupported_init",
             Feature::Kasa => "unsupported_kasa",
             Feature::LayerReplication => "unsupported_layer_replication",
             Feature::LoraBias => "unsupported_lora_bias",
@@ -60,6 +62,10 @@ impl Feature {
         match self {
             Feature::Corda | Feature::Eva | Feature::LoraGa => {
                 "hint: if the adapter was converted to plain LoRA, set the key to null"
+            }
+            Feature::Init => {
+                "hint: save it with path_initial_model_for_weight_conversion; or, if it fits the base that is served as \
+                 it is, set the key to true"
             }
             Feature::ModulesToSave | Feature::Embedding => {
                 "hint: train with LoRA on the linear layers only, or merge this adapter into its base"
@@ -80,11 +86,12 @@ impl fmt::Display for Feature {
             Feature::Dora => "dora",
             Feature::Embedding => "lora on the embedding or the output head",
             Feature::Eva => "eva",
+            Feature::Init => "an initialisation that may change the base",
             Feature::Kasa => "kasa",
             Feature::LayerReplication => "layer replication",
             Feature::LoraBias => "lora_bias",
             Feature::LoraGa => "lora-ga",
-            Feature::ModulesToSave => "whole modules (modules_to_save)",
+            Feature::ModulesToSave => "training whole modules (modules_to_save)",
             Feature::Monteclora => "monteclora",
             Feature::Qalora => "qalora",
             Feature::TargetParameters => "lora on raw parameters (target_parameters)",
@@ -111,7 +118,7 @@ pub enum AdapterError {
     MissingConfig { path: PathBuf },
     #[error("{} holds several adapters ({}); hint: name one of these folders", path.display(), candidates.join(", "))]
     AmbiguousFolder { path: PathBuf, candidates: Vec<String> },
-    #[error("no adapter_model.safetensors in {}", path.display())]
+    #[error("no adapter_model.safetensors in {}; hint: was it downloaded whole?", path.display())]
     MissingWeights { path: PathBuf },
     #[error("{} holds pickled weights only (adapter_model.bin), which are never loaded; \
              hint: load and save the adapter with a current PEFT, which writes safetensors", path.display())]
@@ -153,7 +160,7 @@ pub enum AdapterError {
     TooManyPatterns { field: &'static str, what: &'static str, count: usize, limit: usize },
 
     // The safetensors header.
-    #[error("{} is truncated: it has {actual} bytes and needs {needed}", path.display())]
+    #[error("{} is truncated: it has {actual} bytes and needs {needed}; hint: was it downloaded whole?", path.display())]
     Truncated { path: PathBuf, actual: u64, needed: u64 },
     #[error("the safetensors header has {bytes} bytes, the limit is {limit}")]
     HeaderTooLarge { bytes: u64, limit: u64 },
@@ -163,7 +170,11 @@ pub enum AdapterError {
     TooManyTensors { limit: usize },
     #[error("{file} has the key `{}` twice", shown(key))]
     DuplicateKey { file: &'static str, key: String },
-    #[error("tensor `{}` is of dtype {}, only F32, F16 and BF16 are served", shown(name), shown(dtype))]
+    #[error(
+        "tensor `{}` is of dtype {}, only F32, F16 and BF16 are served; hint: save it as one of them",
+        shown(name),
+        shown(dtype)
+    )]
     UnsupportedDtype { name: String, dtype: String },
     #[error("tensor `{}` has shape {shape:?}, whose bytes do not fit 64 bits", shown(name))]
     ShapeOverflow { name: String, shape: Vec<u64> },
@@ -183,7 +194,10 @@ pub enum AdapterError {
     UnknownTensor { name: String, reason: &'static str },
     #[error("tensors `{}` and `{}` map to the same place", shown(first), shown(second))]
     DuplicateModule { first: String, second: String },
-    #[error("tensor `{}` is of layer {layer}, the base has {num_layers} layers", shown(name))]
+    #[error(
+        "tensor `{}` is of layer {layer}, the base has {num_layers} layers; hint: was it trained on another base?",
+        shown(name)
+    )]
     LayerOutOfRange { name: String, layer: u64, num_layers: u32 },
     #[error("tensor `{}` has no {missing} beside it", shown(name))]
     MissingPair { name: String, missing: &'static str },
@@ -196,7 +210,12 @@ pub enum AdapterError {
     RankZero { at: String },
     #[error("tensor `{}` has rank {b_rank}, its lora_A has rank {a_rank}", shown(name))]
     RankMismatch { name: String, a_rank: u64, b_rank: u64 },
-    #[error("tensor `{}` has rank {rank}, adapter_config.json says {config_rank} ({})", shown(name), shown(by))]
+    #[error(
+        "tensor `{}` has rank {rank}, adapter_config.json says {config_rank} ({}); hint: PEFT \
+        cannot load it either, the first key of rank_pattern that matches counts",
+        shown(name),
+        shown(by)
+    )]
     ContradictoryRank { name: String, rank: u32, config_rank: u32, by: String },
     #[error(
         "tensor `{}` gets the scale {scale:e} from alpha {alpha:e} and rank {rank}, \

@@ -99,6 +99,11 @@ impl ChatTemplate {
         self.select(has_tools).map(|s| s.text.as_str())
     }
 
+    /// Why the template that requests without tools are rendered by cannot be parsed.
+    pub fn fault(&self) -> Option<&TextError> {
+        self.select(false)?.program.as_ref().err()
+    }
+
     fn select(&self, has_tools: bool) -> Option<&Source> {
         self.tool_use.as_ref().filter(|_| has_tools).or(self.default.as_ref())
     }
