@@ -7,7 +7,7 @@ import platform
 from slora import __version__
 from slora.errors import SloraError
 
-PACKAGES = ("torch", "numpy", "safetensors", "pyyaml", "tqdm", "nvidia-cudnn-frontend")
+PACKAGES = ("torch", "numpy", "safetensors", "pyyaml", "tqdm", "cupy-cuda13x", "nvidia-cudnn-frontend")
 
 
 def run() -> int:
