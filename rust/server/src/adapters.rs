@@ -49,7 +49,7 @@ pub(crate) async fn load_vllm(call: Call) -> Answer {
     let replace = fields.take("load_inplace")?.unwrap_or(false);
     call.app.note_unknown(&fields)?;
     let shown_name = name.clone();
-    call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
+    call.app.call(&call.caller.tenant, move |app| register(app, &name, &path, replace, None)).await?;
     Ok(plain(format!("Success: LoRA adapter '{shown_name}' added successfully.")))
 }
 
@@ -59,7 +59,7 @@ pub(crate) async fn unload_vllm(call: Call) -> Answer {
     let name: String = fields.require("lora_name")?;
     call.app.note_unknown(&fields)?;
     let shown_name = name.clone();
-    call.app.call(move |app| unload(app, &name)).await?;
+    call.app.call(&call.caller.tenant, move |app| unload(app, &name)).await?;
     Ok(plain(format!("Success: LoRA adapter '{shown_name}' removed successfully.")))
 }
 
@@ -69,7 +69,7 @@ pub(crate) async fn list(call: Call) -> Answer {
         let data: Vec<Value> = app.runtime.adapters()?.iter().map(resource).collect();
         Ok(json_response(&json!({"object": "list", "data": data})))
     };
-    call.app.render(render).await
+    call.app.render(&call.caller.tenant, render).await
 }
 
 /// `GET /v1/adapters/{name}`.
@@ -94,7 +94,7 @@ pub(crate) async fn put(call: Call) -> Answer {
             details(app, &name)
         }
     };
-    Ok(json_response(&resource(&call.app.call(work).await.map_err(in_resource)?)))
+    Ok(json_response(&resource(&call.app.call(&call.caller.tenant, work).await.map_err(in_resource)?)))
 }
 
 /// The fields of vLLM's endpoints have other names than the resource's.
@@ -109,7 +109,7 @@ fn in_resource(error: ApiError) -> ApiError {
 /// `DELETE /v1/adapters/{name}`.
 pub(crate) async fn delete(call: Call) -> Answer {
     let name = call.param;
-    call.app.call(move |app| unload(app, &name)).await?;
+    call.app.call(&call.caller.tenant, move |app| unload(app, &name)).await?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
@@ -124,7 +124,7 @@ pub(crate) async fn validate(call: Call) -> Answer {
         let path = confine(&app.roots, &path)?;
         Ok(app.runtime.validate(&app.roots, &path).map_err(|error| checkpoint_error(&error))?.to_json())
     };
-    Ok(typed_response("application/json", call.app.call(work).await.map_err(in_resource)?))
+    Ok(typed_response("application/json", call.app.call(&call.caller.tenant, work).await.map_err(in_resource)?))
 }
 
 fn plain(text: String) -> Response<Body> {

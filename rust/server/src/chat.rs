@@ -79,7 +79,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
         cut.truncate(&mut ids, max_context);
         Ok(vec![Prompt { ids, text: String::new() }])
     };
-    let prompts = app.text_pool.run(body.len(), work).await?;
+    let prompts = app.text_pool.run(&call.caller.tenant.name, body.len(), work).await?;
     let (shape, echo) = (Shape::Chat, false);
     let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
     run(call, admitted, inference, prompts).await

@@ -87,7 +87,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
         };
         given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
     };
-    let prompts = app.text_pool.run(bytes, work).await?;
+    let prompts = app.text_pool.run(&call.caller.tenant.name, bytes, work).await?;
     let shape = Shape::Completion;
     let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
     run(call, admitted, inference, prompts).await

@@ -97,7 +97,7 @@ fn errors(route: &Route) -> Vec<u16> {
         Level::User => &[401],
         Level::Admin => &[401, 403],
     };
-    let by_body: &[u16] = if route.verb.has_body() { &[400, 413, 415, 503] } else { &[] };
+    let by_body: &[u16] = if route.verb.has_body() { &[400, 413, 415, 429, 503] } else { &[] };
     [by_level, by_body, route.errors, &[431]].concat()
 }
 
@@ -109,7 +109,7 @@ fn meaning(status: u16) -> &'static str {
         404 => "There is no such model or adapter, or the key may not use it.",
         413 => "The body is too large.",
         415 => "The body is not declared JSON.",
-        429 => "A limit of the key's own; see `Retry-After`.",
+        429 => "A limit of the key's own, or its tenant's share; see `Retry-After`.",
         431 => "The headers are too large.",
         _ => "Too much is unfinished, or the server is shutting down or has failed.",
     }

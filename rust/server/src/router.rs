@@ -142,12 +142,13 @@ async fn call(
         return Err(ApiError::internal("the connection's address is not known"));
     };
     let (caller, unsent) = (admit(app, route, &request, peer)?, peer.unsent.clone());
-    record.facts().tenant = Some(caller.tenant.clone());
+    record.facts().tenant = Some(caller.tenant.name.clone());
     let (mut body, mut reservation) = (Bytes::new(), None);
     if route.verb.has_body() {
         check_media_type(request.headers())?;
         let len = announced_len(app, request.headers())?;
-        reservation = Some(app.admission.reserve(Load { bytes: len as u64, ..Load::default() })?);
+        let load = Load { bytes: len as u64, ..Load::default() };
+        reservation = Some(app.admission.reserve(caller.tenant.clone(), load)?);
         body = read_body(app, request.into_body()).await?;
     }
     Ok(Call { app: app.clone(), caller, record: record.clone(), unsent, param, body, reservation, route })

@@ -72,7 +72,7 @@ pub(crate) async fn tokenize(call: Call) -> Answer {
         let max_context = pool.runtime.config().max_context;
         Ok(json!({"count": ids.len(), "max_model_len": max_context, "tokens": ids, "token_strs": strings}))
     };
-    Ok(json_response(&app.text_pool.run(call.body.len(), work).await?))
+    Ok(json_response(&app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?))
 }
 
 /// Ids → text.
@@ -92,7 +92,7 @@ pub(crate) async fn detokenize(call: Call) -> Answer {
     }
     let model = text(&app)?;
     let work = move || model.decode(&ids, skips_special).map_err(|error| text_error(&error));
-    Ok(json_response(&json!({"prompt": app.text_pool.run(call.body.len(), work).await?})))
+    Ok(json_response(&json!({"prompt": app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?})))
 }
 
 /// What clients need to build prompts themselves.
