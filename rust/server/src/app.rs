@@ -18,7 +18,7 @@ use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
 use crate::schema;
 use crate::text_pool::TextPool;
-use crate::turns::{Turn, Turns};
+use crate::turns::Turns;
 
 /// Names of unknown fields that are logged, each once.
 const MAX_LOGGED_FIELDS: usize = 1024;
@@ -170,7 +170,7 @@ impl App {
         tenant: &Tenant,
         call: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        self.run(self.calls.take(&tenant.name), call).await
+        self.run(&self.calls, tenant, call).await
     }
 
     /// Runs `render`, which waits for nobody but may have thousands of adapters to show, off the threads that do HTTP.
@@ -179,26 +179,17 @@ impl App {
         tenant: &Tenant,
         render: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        self.run(self.renders.take(&tenant.name), render).await
+        self.run(&self.renders, tenant, render).await
     }
 
     async fn run<T: Send + 'static>(
         self: &Arc<Self>,
-        turn: impl Future<Output = Turn>,
+        turns: &Turns,
+        tenant: &Tenant,
         work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let run = async {
-            let turn = turn.await;
-            let app = self.clone();
-            let work = move || {
-                let result = work(&app);
-                drop(turn);
-                result
-            };
-            tokio::task::spawn_blocking(work)
-                .await
-                .unwrap_or_else(|_| Err(ApiError::internal("the call broke on an internal error")))
-        };
+        let app = self.clone();
+        let run = turns.run(&tenant.name, move || work(&app));
         tokio::time::timeout(CALL_TIMEOUT, run)
             .await
             .unwrap_or_else(|_| Err(ApiError::unavailable("the engine did not answer in time")))

@@ -75,6 +75,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     let bounds: Vec<usize> = given.iter().map(Given::max_tokens).collect();
     let admitted = admit(&mut call, &bounds, sampling.n)?;
 
+    let has_text = echo || given.iter().any(|prompt| matches!(prompt, Given::Text(_)));
     let bytes = given.iter().map(Given::bytes).sum();
     let text = app.runtime.text().cloned();
     let (cut, max_context) = (sampling.clone(), config.max_context);
@@ -87,7 +88,8 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
         };
         given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
     };
-    let prompts = app.text_pool.run(&call.caller.tenant.name, bytes, work).await?;
+    // Ids need no work that is worth a thread's while.
+    let prompts = if has_text { app.text_pool.run(&call.caller.tenant.name, bytes, work).await? } else { work()? };
     let shape = Shape::Completion;
     let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
     run(call, admitted, inference, prompts).await

@@ -29,13 +29,6 @@ impl TextPool {
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let lane = if bytes > LONG_BYTES { &self.long } else { &self.short };
-        let turn = lane.take(tenant).await;
-        let work = move || {
-            let result = work();
-            drop(turn);
-            result
-        };
-        let result = tokio::task::spawn_blocking(work).await;
-        result.unwrap_or_else(|_| Err(ApiError::internal("the text of this request could not be worked on")))
+        lane.run(tenant, work).await
     }
 }

@@ -1,86 +1,165 @@
-//! Places that tenants take in turn: whoever sends much waits for its own work, not others for all of it.
+//! Work for a few threads, which tenants' turns share: whoever sends much waits for its own work, not others for all of it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::oneshot;
 
-/// A few places, and the line before them. A tenant stands in it at most as often as there are places; what else it wants
-/// waits in a line of its own.
-pub(crate) struct Turns {
-    num_places: usize,
-    places: Arc<Semaphore>,
-    /// Of those who have something here.
-    tenants: Mutex<HashMap<Arc<str>, Weak<Semaphore>>>,
+use crate::errors::ApiError;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A queue of work and how many of the blocking threads it may have at once. A thread takes the next work itself: one that
+/// waited for somebody to hand it over, on a thread that is busy with other things, would be idle for as long.
+pub(crate) struct Turns(Arc<Mutex<Queue>>);
+
+struct Queue {
+    max_threads: usize,
+    num_threads: usize,
+    /// Of each tenant that has some.
+    work: HashMap<Arc<str>, VecDeque<Work>>,
+    /// Those tenants, in the order of their turns.
+    tenants: VecDeque<Arc<str>>,
 }
 
-/// A place; given back when dropped.
-pub(crate) struct Turn {
-    _place: OwnedSemaphorePermit,
-    _own: OwnedSemaphorePermit,
+impl Queue {
+    fn push(&mut self, tenant: &Arc<str>, work: Work) {
+        let own = self.work.entry(tenant.clone()).or_default();
+        if own.is_empty() {
+            self.tenants.push_back(tenant.clone());
+        }
+        own.push_back(work);
+    }
+
+    fn pop(&mut self) -> Option<Work> {
+        let tenant = self.tenants.pop_front()?;
+        let own = self.work.get_mut(&tenant)?;
+        let next = own.pop_front();
+        if own.is_empty() {
+            self.work.remove(&tenant);
+        } else {
+            self.tenants.push_back(tenant);
+        }
+        next
+    }
 }
 
 impl Turns {
-    pub fn new(num_places: usize) -> Self {
-        let places = Arc::new(Semaphore::new(num_places));
-        Self { num_places, places, tenants: Mutex::default() }
+    pub fn new(max_threads: usize) -> Self {
+        let (work, tenants) = Default::default();
+        Self(Arc::new(Mutex::new(Queue { max_threads, num_threads: 0, work, tenants })))
     }
 
-    /// Waits for a place. Whoever leaves while waiting was never there.
-    pub async fn take(&self, tenant: &Arc<str>) -> Turn {
-        let own = acquire(self.line(tenant)).await;
-        Turn { _place: acquire(self.places.clone()).await, _own: own }
+    /// Runs `work` when it is its turn. A caller that leaves while waiting never starts it.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        tenant: &Arc<str>,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let (sender, receiver) = oneshot::channel();
+        let work = move || {
+            if !sender.is_closed() {
+                // Whoever has left wants no result.
+                let _ = sender.send(work());
+            }
+        };
+        self.push(tenant, Box::new(work));
+        receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the work for this request broke")))
     }
 
-    fn line(&self, tenant: &Arc<str>) -> Arc<Semaphore> {
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(line) = tenants.get(tenant).and_then(Weak::upgrade) {
-            return line;
+    fn push(&self, tenant: &Arc<str>, work: Work) {
+        let mut queue = lock(&self.0);
+        queue.push(tenant, work);
+        if queue.num_threads < queue.max_threads {
+            queue.num_threads += 1;
+            let queue = self.0.clone();
+            tokio::task::spawn_blocking(move || work_off(&queue));
         }
-        tenants.retain(|_, line| line.strong_count() > 0);
-        let line = Arc::new(Semaphore::new(self.num_places));
-        tenants.insert(tenant.clone(), Arc::downgrade(&line));
-        line
     }
 }
 
-async fn acquire(semaphore: Arc<Semaphore>) -> OwnedSemaphorePermit {
-    let Ok(permit) = semaphore.acquire_owned().await else { unreachable!("nobody closes it") };
-    permit
+fn work_off(queue: &Mutex<Queue>) {
+    loop {
+        let mut locked = lock(queue);
+        let Some(work) = locked.pop() else {
+            locked.num_threads -= 1;
+            return;
+        };
+        drop(locked);
+        // Its caller is told by the sender that was dropped.
+        let _ = catch_unwind(AssertUnwindSafe(work));
+    }
+}
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
 
     use super::*;
+
+    fn tenant(name: &str) -> Arc<str> {
+        name.into()
+    }
 
     #[tokio::test]
     async fn a_tenant_with_much_to_do_holds_others_up_for_one_turn() {
         let turns = Arc::new(Turns::new(2));
-        let [many, one]: [Arc<str>; 2] = ["many".into(), "one".into()];
         let order = Arc::new(Mutex::new(Vec::new()));
-        let ask = |tenant: &Arc<str>| {
-            let (turns, order, tenant) = (turns.clone(), order.clone(), tenant.clone());
-            tokio::spawn(async move {
-                let _turn = turns.take(&tenant).await;
-                order.lock().unwrap().push(tenant);
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            })
+        let ask = |name: &'static str| {
+            let (turns, order) = (turns.clone(), order.clone());
+            let work = move || {
+                order.lock().unwrap().push(name);
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(())
+            };
+            tokio::spawn(async move { turns.run(&tenant(name), work).await })
         };
-        let mut tasks: Vec<_> = (0..50).map(|_| ask(&many)).collect();
-        // The last one is cancelled in the line.
+        let mut tasks: Vec<_> = (0..50).map(|_| ask("many")).collect();
         tokio::task::yield_now().await;
-        tasks.pop().unwrap().abort();
-        tasks.push(ask(&one));
+        let left = tasks.pop().unwrap();
+        left.abort();
+        assert!(left.await.unwrap_err().is_cancelled());
+        tasks.push(ask("one"));
         for task in tasks {
-            task.await.unwrap();
+            task.await.unwrap().unwrap();
         }
         let order = std::mem::take(&mut *order.lock().unwrap());
-        let place = order.iter().position(|tenant| *tenant == one).unwrap();
-        assert!(order.len() == 50 && place <= 4, "{place} of {}", order.len());
-        assert_eq!(turns.places.available_permits(), 2);
-        drop(turns.take(&one).await);
-        assert_eq!(turns.tenants.lock().unwrap().len(), 1, "those who left are forgotten");
+        let place = order.iter().position(|name| *name == "one").unwrap();
+        assert!(order.len() == 50 && place < 10, "{place} of {}", order.len());
+        let queue = lock(&turns.0);
+        assert!(queue.work.is_empty() && queue.tenants.is_empty(), "those who have nothing are forgotten");
+    }
+
+    #[tokio::test]
+    async fn work_goes_on_while_the_threads_that_do_http_are_busy() {
+        let (turns, num_done) = (Arc::new(Turns::new(2)), Arc::new(AtomicUsize::new(0)));
+        for _ in 0..20 {
+            let (turns, num_done) = (turns.clone(), num_done.clone());
+            let work = move || Ok(num_done.fetch_add(1, Ordering::Relaxed));
+            tokio::spawn(async move { turns.run(&tenant("anybody"), work).await });
+        }
+        tokio::task::yield_now().await;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while num_done.load(Ordering::Relaxed) < 20 {
+            assert!(Instant::now() < deadline, "{num_done:?} of 20");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn work_that_breaks_ends_its_caller_only() {
+        let turns = Turns::new(1);
+        let broken = turns.run(&tenant("anybody"), || -> Result<(), ApiError> { panic!("broken") }).await;
+        assert_eq!(broken.unwrap_err().code, "internal_error");
+        assert_eq!(turns.run(&tenant("anybody"), || Ok(1)).await.unwrap(), 1);
+        while lock(&turns.0).num_threads > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 }
