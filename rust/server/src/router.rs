@@ -25,6 +25,9 @@ use crate::routes::{ROUTES, Route};
 /// Longest request id of a client's that is taken over.
 const MAX_ID_LEN: usize = 128;
 
+/// Bodies that are read at once, which takes at most 1 ms.
+const INLINE_BYTES: usize = 16 << 10;
+
 /// All that the second port answers, without a key.
 const METRICS_PORT_ROUTES: [&str; 5] = ["/metrics", "/health", "/health/ready", "/ready", "/ping"];
 
@@ -59,6 +62,23 @@ impl Call {
     /// The fields of the body, of which those in the route's table are known.
     pub fn fields<'a>(&self, body: &'a Bytes) -> Result<Fields<'a>, ApiError> {
         Fields::parse(body, self.app.config.limits.max_json_depth, self.route.body)
+    }
+
+    /// What `read` makes of the body. A long one is read off the threads that do HTTP: millions of values take a while.
+    pub async fn read<T: Send + 'static>(
+        mut self,
+        read: fn(&mut Self) -> Result<T, ApiError>,
+    ) -> Result<(Self, T), ApiError> {
+        if self.body.len() <= INLINE_BYTES {
+            let found = read(&mut self)?;
+            return Ok((self, found));
+        }
+        let (app, tenant, bytes) = (self.app.clone(), self.caller.tenant.clone(), self.body.len());
+        let work = move || {
+            let found = read(&mut self)?;
+            Ok((self, found))
+        };
+        app.text_pool.run(&tenant.name, bytes, work).await
     }
 }
 
