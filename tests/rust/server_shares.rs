@@ -3,6 +3,7 @@
 
 mod server_world;
 
+use std::io::BufReader;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use slora_core::{EngineConfig, QueueOrder};
 
-use server_world::{Response, World, completion, with};
+use server_world::{Response, World, completion, read_head, with};
 
 const FLOOD: [(&str, &str); 1] = [("authorization", "Bearer flood")];
 
@@ -141,6 +142,36 @@ fn what_clients_have_left_counts_until_the_engine_has_let_go_of_it() {
     assert_eq!(shop.complete("light").status, 200);
     drop(first);
     shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
+fn a_refused_tenant_does_not_keep_the_connections() {
+    let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    let limits = json!({"max_queued_requests": 9, "max_connections": 20});
+    let shop = Shop::open(limits, engine, Duration::from_millis(100));
+    let ask = || {
+        let body = completion(100).to_string();
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer flood\r\ncontent-type: \
+                    application/json";
+        shop.world.raw(&format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+    };
+    let held: Vec<TcpStream> = (0..8).map(|_| ask()).collect();
+    shop.wait_for("the flood has its share", |[requests, ..]| requests == 8);
+    let refused = |stream: TcpStream| {
+        let (status, headers) = read_head(&mut BufReader::new(&stream));
+        (stream, status, headers.contains(&("connection".into(), "close".into())))
+    };
+    let kept = [ask(), ask()].map(refused);
+    assert!(kept.iter().all(|(_, status, closes)| *status == 429 && !closes), "{kept:?}");
+    // Ten are open: every further one is one too many.
+    for _ in 0..40 {
+        let (stream, status, closes) = refused(ask());
+        assert!(status == 429 && closes);
+        drop(stream);
+    }
+    shop.world.set_step_time(Duration::ZERO);
+    assert_eq!(shop.complete("light").status, 200);
+    drop(held);
 }
 
 #[test]

@@ -101,6 +101,11 @@ impl App {
         self.admission.load().requests == 0 && self.metrics.open_streams.load(Ordering::Relaxed) == 0
     }
 
+    /// Whether more than half of the connections are taken.
+    pub fn is_short_of_connections(&self) -> bool {
+        2 * self.metrics.open_connections.load(Ordering::Relaxed) > self.config.limits.max_connections as u64
+    }
+
     /// Why no requests are taken, if so.
     pub fn unready(&self) -> Option<String> {
         match self.runtime.state() {

@@ -237,7 +237,12 @@ fn finish(app: &App, record: &Record, origin: Option<HeaderValue>, result: Answe
             app.metrics.count_rejected(error.code);
         }
         facts.is_stream = false;
-        error.response()
+        let mut response = error.response();
+        if error.code == "tenant_queue_full" && app.is_short_of_connections() {
+            // Others could not even ask while the tenant that is refused keeps its connections.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
     });
     facts.status = response.status().as_u16();
     facts.is_done |= !facts.is_stream;
