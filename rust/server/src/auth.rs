@@ -270,6 +270,38 @@ mod tests {
     }
 
     #[test]
+    fn shares_are_by_the_greatest_weight_and_nobody_shares_alone() {
+        let config = |num_keys: usize| ServerConfig {
+            api_keys: (0..num_keys).map(|index| Secret(format!("flag-{index}"))).collect(),
+            admin_keys: vec![Secret("admin".into())],
+            api_keys_file: Some("keys.json".into()),
+            ..ServerConfig::default()
+        };
+        let key = |name: &str, tenant: &str, weight: f64| Key {
+            hash: hash(name),
+            tenant: tenant.into(),
+            account: Account { tenant: Some(tenant.into()), weight, priority: 0 },
+            adapters: None,
+            quota: Quota::default(),
+            usage: Arc::default(),
+        };
+        let share = |auth: &Auth, name: &str| {
+            let headers = headers(&[("authorization", &format!("Bearer {name}"))]);
+            auth.admit(Level::User, &headers, "10.0.0.1".parse().unwrap()).unwrap().tenant.share
+        };
+        let auth = Auth::new(&config(0));
+        auth.set_file_keys(vec![key("a", "one", 4.0), key("b", "one", 4.0)]);
+        assert_eq!([share(&auth, "a"), share(&auth, "b"), share(&auth, "admin")], [None; 3]);
+        auth.set_file_keys(vec![key("a", "one", 4.0), key("b", "one", 4.0), key("c", "other", 0.5)]);
+        assert_eq!(["a", "b", "c", "admin"].map(|name| share(&auth, name)), [1.0, 1.0, 0.125, 0.25].map(Some));
+        let auth = Auth::new(&config(1));
+        assert_eq!(share(&auth, "flag-0"), None);
+        auth.set_file_keys(vec![key("c", "other", 0.5)]);
+        assert_eq!(["flag-0", "c"].map(|name| share(&auth, name)), [1.0, 0.5].map(Some));
+        assert_eq!(share(&Auth::new(&config(2)), "flag-1"), Some(1.0));
+    }
+
+    #[test]
     fn a_users_key_is_forbidden_and_a_wrong_one_unauthorized_where_admins_go() {
         let config = ServerConfig {
             api_keys: vec![Secret("user".into())],

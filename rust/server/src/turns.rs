@@ -10,6 +10,25 @@ use crate::errors::ApiError;
 
 type Work = Box<dyn FnOnce() + Send>;
 
+/// Work that was not begun, or its empty place: whoever leaves takes its work along, and all that the work holds.
+#[derive(Clone)]
+struct Ticket(Arc<Mutex<Option<Work>>>);
+
+impl Ticket {
+    fn take(&self) -> Option<Work> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The caller's end of a ticket.
+struct Caller(Ticket);
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        drop(self.0.take());
+    }
+}
+
 /// A queue of work and how many of the blocking threads it may have at once. A thread takes the next work itself: one that
 /// waited for somebody to hand it over, on a thread that is busy with other things, would be idle for as long.
 pub(crate) struct Turns(Arc<Mutex<Queue>>);
@@ -18,21 +37,21 @@ struct Queue {
     max_threads: usize,
     num_threads: usize,
     /// Of each tenant that has some.
-    work: HashMap<Arc<str>, VecDeque<Work>>,
+    work: HashMap<Arc<str>, VecDeque<Ticket>>,
     /// Those tenants, in the order of their turns.
     tenants: VecDeque<Arc<str>>,
 }
 
 impl Queue {
-    fn push(&mut self, tenant: &Arc<str>, work: Work) {
+    fn push(&mut self, tenant: &Arc<str>, ticket: Ticket) {
         let own = self.work.entry(tenant.clone()).or_default();
         if own.is_empty() {
             self.tenants.push_back(tenant.clone());
         }
-        own.push_back(work);
+        own.push_back(ticket);
     }
 
-    fn pop(&mut self) -> Option<Work> {
+    fn pop(&mut self) -> Option<Ticket> {
         let tenant = self.tenants.pop_front()?;
         let own = self.work.get_mut(&tenant)?;
         let next = own.pop_front();
@@ -59,18 +78,18 @@ impl Turns {
     ) -> Result<T, ApiError> {
         let (sender, receiver) = oneshot::channel();
         let work = move || {
-            if !sender.is_closed() {
-                // Whoever has left wants no result.
-                let _ = sender.send(work());
-            }
+            // Whoever has left wants no result.
+            let _ = sender.send(work());
         };
-        self.push(tenant, Box::new(work));
+        let ticket = Ticket(Arc::new(Mutex::new(Some(Box::new(work)))));
+        let _caller = Caller(ticket.clone());
+        self.push(tenant, ticket);
         receiver.await.unwrap_or_else(|_| Err(ApiError::internal("the work for this request broke")))
     }
 
-    fn push(&self, tenant: &Arc<str>, work: Work) {
+    fn push(&self, tenant: &Arc<str>, ticket: Ticket) {
         let mut queue = lock(&self.0);
-        queue.push(tenant, work);
+        queue.push(tenant, ticket);
         if queue.num_threads < queue.max_threads {
             queue.num_threads += 1;
             let queue = self.0.clone();
@@ -82,13 +101,15 @@ impl Turns {
 fn work_off(queue: &Mutex<Queue>) {
     loop {
         let mut locked = lock(queue);
-        let Some(work) = locked.pop() else {
+        let Some(ticket) = locked.pop() else {
             locked.num_threads -= 1;
             return;
         };
         drop(locked);
-        // Its caller is told by the sender that was dropped.
-        let _ = catch_unwind(AssertUnwindSafe(work));
+        if let Some(work) = ticket.take() {
+            // Its caller is told by the sender that was dropped.
+            let _ = catch_unwind(AssertUnwindSafe(work));
+        }
     }
 }
 
@@ -150,6 +171,23 @@ mod tests {
             assert!(Instant::now() < deadline, "{num_done:?} of 20");
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    #[tokio::test]
+    async fn whoever_leaves_takes_its_work_along() {
+        let turns = Arc::new(Turns::new(1));
+        let ((go, wait), held) = (std::sync::mpsc::channel::<()>(), Arc::new(()));
+        let (first, second) = (turns.clone(), turns.clone());
+        let first = tokio::spawn(async move { first.run(&tenant("anybody"), move || Ok(wait.recv().is_ok())).await });
+        let payload = held.clone();
+        let second = tokio::spawn(async move { second.run(&tenant("anybody"), move || Ok(payload)).await });
+        tokio::task::yield_now().await;
+        assert_eq!(Arc::strong_count(&held), 2);
+        second.abort();
+        assert!(second.await.unwrap_err().is_cancelled());
+        assert_eq!(Arc::strong_count(&held), 1, "nothing is kept of it, though the only thread is busy");
+        go.send(()).unwrap();
+        assert!(first.await.unwrap().unwrap());
     }
 
     #[tokio::test]
