@@ -422,6 +422,27 @@ fn open_long_stream(world: &World) -> std::net::TcpStream {
 }
 
 #[test]
+fn a_body_of_a_million_values_holds_nobody_up() {
+    let world = World::configured(json!({"num_threads": 1}));
+    let bias: Vec<String> = (0..1_300_000).map(|token| format!("\"{token}\":1")).collect();
+    let body = format!(r#"{{"prompt": "x", "logit_bias": {{{}}}}}"#, bias.join(","));
+    let stream = world.open("POST", "/v1/completions", &[], Some(&body));
+    let asked = std::thread::spawn(move || {
+        let begun = Instant::now();
+        (Response::read(stream), begun.elapsed())
+    });
+    let mut longest = Duration::ZERO;
+    while !asked.is_finished() {
+        let begun = Instant::now();
+        assert_eq!(world.get("/version").status, 200);
+        longest = longest.max(begun.elapsed());
+    }
+    let (answer, took) = asked.join().unwrap();
+    assert_eq!(answer.error(), (400, "invalid_value".into()));
+    assert!(longest < took / 2, "another waited {longest:?} of the {took:?} that the body took");
+}
+
+#[test]
 fn a_reader_that_begins_late_gets_everything() {
     let world = World::new();
     let stream = open_long_stream(&world);

@@ -132,6 +132,14 @@ fn every_route_is_documented_with_its_level_and_its_errors() {
 }
 
 #[test]
+fn a_name_with_a_path_of_its_own_is_no_name_of_another() {
+    let documented = Documented::new();
+    let param = |path: &str| documented.document["paths"][path]["get"]["parameters"][0]["schema"].clone();
+    assert_eq!(param("/v1/adapters/{name}")["not"], json!({"enum": ["validate"]}));
+    assert!(param("/v1/models/{id}")["not"].is_null());
+}
+
+#[test]
 fn every_reference_of_the_document_leads_to_a_schema() {
     let documented = Documented::new();
     let text = documented.document.to_string();

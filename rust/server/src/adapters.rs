@@ -53,7 +53,7 @@ pub(crate) async fn load_vllm(call: Call) -> Answer {
     let path: PathBuf = fields.require("lora_path")?;
     let replace = fields.take("load_inplace")?.unwrap_or(false);
     call.app.note_unknown(&fields)?;
-    let registered = call.app.call(move |app| register(app, &name, &path, replace, None)).await?;
+    let registered = call.app.call(&call.caller.tenant, move |app| register(app, &name, &path, replace, None)).await?;
     let found = in_force(&call.app, registered).await?;
     if found.info.replacing {
         return Err(ApiError::overloaded("the adapter is still being loaded", 1));
@@ -67,7 +67,7 @@ pub(crate) async fn unload_vllm(call: Call) -> Answer {
     let name: String = fields.require("lora_name")?;
     call.app.note_unknown(&fields)?;
     let shown_name = name.clone();
-    call.app.call(move |app| unload(app, &name)).await?;
+    call.app.call(&call.caller.tenant, move |app| unload(app, &name)).await?;
     Ok(plain(format!("Success: LoRA adapter '{shown_name}' removed successfully.")))
 }
 
@@ -77,7 +77,7 @@ pub(crate) async fn list(call: Call) -> Answer {
         let data: Vec<Value> = app.runtime.adapters()?.iter().map(resource).collect();
         Ok(json_response(&json!({"object": "list", "data": data})))
     };
-    call.app.render(render).await
+    call.app.render(&call.caller.tenant, render).await
 }
 
 /// `GET /v1/adapters/{name}`.
@@ -102,7 +102,7 @@ pub(crate) async fn put(call: Call) -> Answer {
             details(app, &name)
         }
     };
-    let registered = call.app.call(work).await.map_err(in_resource)?;
+    let registered = call.app.call(&call.caller.tenant, work).await.map_err(in_resource)?;
     Ok(json_response(&resource(&in_force(&call.app, registered).await.map_err(in_resource)?)))
 }
 
@@ -118,7 +118,7 @@ fn in_resource(error: ApiError) -> ApiError {
 /// `DELETE /v1/adapters/{name}`.
 pub(crate) async fn delete(call: Call) -> Answer {
     let name = call.param;
-    call.app.call(move |app| unload(app, &name)).await.map_err(in_resource)?;
+    call.app.call(&call.caller.tenant, move |app| unload(app, &name)).await.map_err(in_resource)?;
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
     Ok(response)
@@ -133,7 +133,7 @@ pub(crate) async fn validate(call: Call) -> Answer {
         let path = confine(&app.roots, &path)?;
         Ok(app.runtime.validate(&app.roots, &path).map_err(|error| checkpoint_error(&error))?.to_json())
     };
-    Ok(typed_response("application/json", call.app.call(work).await.map_err(in_resource)?))
+    Ok(typed_response("application/json", call.app.call(&call.caller.tenant, work).await.map_err(in_resource)?))
 }
 
 fn plain(text: String) -> Response<Body> {

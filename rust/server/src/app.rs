@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use slora_runtime::{Runtime, State};
-use tokio::sync::Semaphore;
 
-use crate::admission::{Admission, Bounds};
+use crate::admission::{Admission, Bounds, Tenant};
 use crate::auth::{Auth, Caller};
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
@@ -19,6 +18,7 @@ use crate::log::{Log, unix_time_s};
 use crate::metrics::Metrics;
 use crate::schema;
 use crate::text_pool::TextPool;
+use crate::turns::Turns;
 
 /// Names of unknown fields that are logged, each once.
 const MAX_LOGGED_FIELDS: usize = 1024;
@@ -44,8 +44,8 @@ pub(crate) struct App {
     pub roots: Vec<PathBuf>,
     pub started_unix_s: u64,
     is_draining: AtomicBool,
-    calls: Arc<Semaphore>,
-    renders: Arc<Semaphore>,
+    calls: Turns,
+    renders: Turns,
     logged_fields: Mutex<HashSet<String>>,
 }
 
@@ -59,11 +59,14 @@ pub(crate) struct Target {
 
 impl App {
     pub fn new(config: ServerConfig, runtime: Arc<Runtime>, roots: Vec<PathBuf>, log: Log) -> Self {
-        let limits = &config.limits;
+        let (limits, engine) = (&config.limits, runtime.config());
+        let running = u64::from(engine.max_running);
         let bounds = Bounds {
-            requests: u64::from(runtime.config().max_running) + limits.max_queued_requests as u64,
+            // The engine never has to refuse one, which it would do without looking at whose it is.
+            requests: (running + limits.max_queued_requests as u64).min(u64::from(engine.max_waiting)),
             tokens: limits.max_queued_tokens,
             bytes: limits.max_queued_bytes,
+            running,
         };
         Self {
             auth: Auth::new(&config),
@@ -75,8 +78,8 @@ impl App {
             roots,
             started_unix_s: unix_time_s() as u64,
             is_draining: AtomicBool::new(false),
-            calls: Arc::new(Semaphore::new(MAX_CALLS)),
-            renders: Arc::new(Semaphore::new(MAX_RENDERS)),
+            calls: Turns::new(MAX_CALLS),
+            renders: Turns::new(MAX_RENDERS),
             logged_fields: Mutex::default(),
             runtime,
             config,
@@ -98,6 +101,11 @@ impl App {
         self.admission.load().requests == 0 && self.metrics.open_streams.load(Ordering::Relaxed) == 0
     }
 
+    /// Whether more than half of the connections are taken.
+    pub fn is_short_of_connections(&self) -> bool {
+        2 * self.metrics.open_connections.load(Ordering::Relaxed) > self.config.limits.max_connections as u64
+    }
+
     /// Why no requests are taken, if so.
     pub fn unready(&self) -> Option<String> {
         match self.runtime.state() {
@@ -109,8 +117,7 @@ impl App {
 
     /// Choices of one request at most: what is configured, or fewer where more of them could never be unfinished at once.
     pub fn max_choices(&self) -> usize {
-        let unfinished = self.admission.max_requests().min(u64::from(self.runtime.config().max_waiting));
-        self.config.limits.max_n.min(unfinished as usize)
+        self.config.limits.max_n.min(self.admission.max_requests() as usize)
     }
 
     /// What depends on this server in the fields of its bodies.
@@ -165,38 +172,29 @@ impl App {
     /// Runs `call`, which may wait for the step thread or read files, off the threads that do HTTP.
     pub async fn call<T: Send + 'static>(
         self: &Arc<Self>,
+        tenant: &Tenant,
         call: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        self.run(&self.calls, call).await
+        self.run(&self.calls, tenant, call).await
     }
 
     /// Runs `render`, which waits for nobody but may have thousands of adapters to show, off the threads that do HTTP.
     pub async fn render<T: Send + 'static>(
         self: &Arc<Self>,
+        tenant: &Tenant,
         render: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        self.run(&self.renders, render).await
+        self.run(&self.renders, tenant, render).await
     }
 
     async fn run<T: Send + 'static>(
         self: &Arc<Self>,
-        places: &Arc<Semaphore>,
+        turns: &Turns,
+        tenant: &Tenant,
         work: impl FnOnce(&App) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let run = async {
-            let Ok(place) = places.clone().acquire_owned().await else {
-                return Err(ApiError::unavailable("the server is shutting down"));
-            };
-            let app = self.clone();
-            let work = move || {
-                let result = work(&app);
-                drop(place);
-                result
-            };
-            tokio::task::spawn_blocking(work)
-                .await
-                .unwrap_or_else(|_| Err(ApiError::internal("the call broke on an internal error")))
-        };
+        let app = self.clone();
+        let run = turns.run(&tenant.name, move || work(&app));
         tokio::time::timeout(CALL_TIMEOUT, run)
             .await
             .unwrap_or_else(|_| Err(ApiError::unavailable("the engine did not answer in time")))

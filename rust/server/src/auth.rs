@@ -1,5 +1,6 @@
 //! Who calls, and what they may do.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -8,6 +9,7 @@ use sha2::{Digest, Sha256};
 use slora_core::Account;
 use subtle::{Choice, ConstantTimeEq};
 
+use crate::admission::Tenant;
 use crate::config::{Secret, ServerConfig};
 use crate::errors::ApiError;
 use crate::quota::{Quota, Usage};
@@ -44,7 +46,7 @@ pub(crate) struct Key {
 /// Who calls.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
-    pub tenant: Arc<str>,
+    pub tenant: Tenant,
     /// `None`: an admin, or anybody on loopback when there are no keys.
     pub key: Option<Arc<Key>>,
 }
@@ -62,11 +64,27 @@ impl Caller {
     }
 }
 
+/// The keys of the file.
+#[derive(Default)]
+struct FileKeys {
+    keys: Vec<Arc<Key>>,
+    num_tenants: usize,
+    max_weight: f64,
+}
+
+impl FileKeys {
+    fn new(keys: Vec<Arc<Key>>) -> Self {
+        let num_tenants = keys.iter().map(|key| &key.tenant).collect::<HashSet<_>>().len();
+        let max_weight = keys.iter().map(|key| key.account.weight).fold(0.0, f64::max);
+        Self { keys, num_tenants, max_weight }
+    }
+}
+
 /// All keys.
 pub(crate) struct Auth {
     admins: Vec<KeyHash>,
     users: Vec<Arc<Key>>,
-    from_file: RwLock<Vec<Arc<Key>>>,
+    from_file: RwLock<FileKeys>,
     has_file: bool,
     open_tenant: Arc<str>,
     admin_tenant: Arc<str>,
@@ -99,17 +117,17 @@ impl Auth {
     pub fn set_file_keys(&self, keys: Vec<Key>) {
         let mut current = self.from_file.write().unwrap_or_else(PoisonError::into_inner);
         let carried = keys.into_iter().map(|mut key| {
-            if let Some(old) = current.iter().find(|old| old.hash == key.hash) {
+            if let Some(old) = current.keys.iter().find(|old| old.hash == key.hash) {
                 key.usage = old.usage.clone();
             }
             Arc::new(key)
         });
-        *current = carried.collect();
+        *current = FileKeys::new(carried.collect());
     }
 
     /// Lets a caller in, or says why not.
     pub fn admit(&self, level: Level, headers: &HeaderMap, peer: IpAddr) -> Result<Caller, ApiError> {
-        let open = Caller { tenant: self.open_tenant.clone(), key: None };
+        let open = Caller { tenant: Tenant { name: self.open_tenant.clone(), share: None }, key: None };
         if level == Level::Open {
             return Ok(open);
         }
@@ -122,12 +140,12 @@ impl Auth {
         let given = hash(token);
         // Every key is compared with, whatever the outcome of the others.
         let is_admin = self.admins.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&given));
+        let file = self.from_file.read().unwrap_or_else(PoisonError::into_inner);
         if bool::from(is_admin) {
-            return Ok(Caller { tenant: self.admin_tenant.clone(), key: None });
+            return Ok(Caller { tenant: self.tenant(&file, &self.admin_tenant, 1.0), key: None });
         }
-        let file_keys = self.from_file.read().unwrap_or_else(PoisonError::into_inner);
         let mut found = None;
-        for key in self.users.iter().chain(file_keys.iter()) {
+        for key in self.users.iter().chain(&file.keys) {
             if bool::from(key.hash.ct_eq(&given)) {
                 found = Some(key.clone());
             }
@@ -135,8 +153,17 @@ impl Auth {
         match (found, level) {
             (None, _) => Err(unauthorized("the API key is not a valid one")),
             (Some(_), Level::Admin) => Err(forbidden("adapters are managed with an admin key")),
-            (Some(key), _) => Ok(Caller { tenant: key.tenant.clone(), key: Some(key) }),
+            (Some(key), _) => {
+                Ok(Caller { tenant: self.tenant(&file, &key.tenant, key.account.weight), key: Some(key) })
+            }
         }
+    }
+
+    /// Each key of the command line is a tenant too, of weight 1. An admin's key is not counted: it is rarely there to ask.
+    fn tenant(&self, file: &FileKeys, name: &Arc<str>, weight: f64) -> Tenant {
+        let max_weight = if self.users.is_empty() { file.max_weight } else { file.max_weight.max(1.0) };
+        let is_shared = self.users.len() + file.num_tenants > 1;
+        Tenant { name: name.clone(), share: is_shared.then(|| (weight / max_weight).min(1.0)) }
     }
 
     /// Without any key: inference on loopback only, no management. A name in `Host` that is not loopback's is a browser
@@ -240,6 +267,38 @@ mod tests {
             401
         );
         assert_eq!(auth.admit(Level::Admin, &headers(&[]), here).unwrap_err().status.as_u16(), 403);
+    }
+
+    #[test]
+    fn shares_are_by_the_greatest_weight_and_nobody_shares_alone() {
+        let config = |num_keys: usize| ServerConfig {
+            api_keys: (0..num_keys).map(|index| Secret(format!("flag-{index}"))).collect(),
+            admin_keys: vec![Secret("admin".into())],
+            api_keys_file: Some("keys.json".into()),
+            ..ServerConfig::default()
+        };
+        let key = |name: &str, tenant: &str, weight: f64| Key {
+            hash: hash(name),
+            tenant: tenant.into(),
+            account: Account { tenant: Some(tenant.into()), weight, priority: 0 },
+            adapters: None,
+            quota: Quota::default(),
+            usage: Arc::default(),
+        };
+        let share = |auth: &Auth, name: &str| {
+            let headers = headers(&[("authorization", &format!("Bearer {name}"))]);
+            auth.admit(Level::User, &headers, "10.0.0.1".parse().unwrap()).unwrap().tenant.share
+        };
+        let auth = Auth::new(&config(0));
+        auth.set_file_keys(vec![key("a", "one", 4.0), key("b", "one", 4.0)]);
+        assert_eq!([share(&auth, "a"), share(&auth, "b"), share(&auth, "admin")], [None; 3]);
+        auth.set_file_keys(vec![key("a", "one", 4.0), key("b", "one", 4.0), key("c", "other", 0.5)]);
+        assert_eq!(["a", "b", "c", "admin"].map(|name| share(&auth, name)), [1.0, 1.0, 0.125, 0.25].map(Some));
+        let auth = Auth::new(&config(1));
+        assert_eq!(share(&auth, "flag-0"), None);
+        auth.set_file_keys(vec![key("c", "other", 0.5)]);
+        assert_eq!(["flag-0", "c"].map(|name| share(&auth, name)), [1.0, 0.5].map(Some));
+        assert_eq!(share(&Auth::new(&config(2)), "flag-1"), Some(1.0));
     }
 
     #[test]

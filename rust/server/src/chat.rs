@@ -8,7 +8,7 @@ use crate::app::App;
 use crate::completions::no_tokenizer;
 use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
-use crate::inference::{Inference, admit, check_text_len, run};
+use crate::inference::{Admitted, Inference, admit, check_text_len, run};
 use crate::log::unix_time_s;
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -54,7 +54,29 @@ pub(crate) fn messages(bounds: &Bounds) -> Value {
 }
 
 /// The route.
-pub(crate) async fn complete(mut call: Call) -> Answer {
+pub(crate) async fn complete(call: Call) -> Answer {
+    let (call, asked) = call.read(read).await?;
+    let Asked { inference, admitted, input } = asked;
+    let app = call.app.clone();
+    let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
+    let cut = inference.sampling.clone();
+    let work = move || {
+        let mut ids = encode(&app, &text, &input)?;
+        cut.truncate(&mut ids, app.runtime.config().max_context);
+        Ok(vec![Prompt { ids, text: String::new() }])
+    };
+    let prompts = call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?;
+    run(call, admitted, inference, prompts).await
+}
+
+/// A request that was understood and let in.
+struct Asked {
+    inference: Inference,
+    admitted: Admitted,
+    input: ChatInput,
+}
+
+fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let app = call.app.clone();
     let body = call.body.clone();
     let fields = call.fields(&body)?;
@@ -68,21 +90,11 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
     sampling.params.logprobs = logprobs;
     let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
-    let config = app.runtime.config();
-    sampling.check(config.vocab_size)?;
-    let admitted = admit(&mut call, &[body.len()], sampling.n)?;
-
-    let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
-    let (cut, max_context, pool) = (sampling.clone(), config.max_context, app.clone());
-    let work = move || {
-        let mut ids = encode(&pool, &text, &input)?;
-        cut.truncate(&mut ids, max_context);
-        Ok(vec![Prompt { ids, text: String::new() }])
-    };
-    let prompts = app.text_pool.run(body.len(), work).await?;
+    sampling.check(app.runtime.config().vocab_size)?;
+    let admitted = admit(call, &[body.len()], sampling.n)?;
     let (shape, echo) = (Shape::Chat, false);
     let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
-    run(call, admitted, inference, prompts).await
+    Ok(Asked { inference, admitted, input })
 }
 
 /// Messages → ids, with the length of the rendered text checked in between.

@@ -5,7 +5,7 @@ use slora_text::TextModel;
 
 use crate::errors::ApiError;
 use crate::fields::{Fields, Whole, type_error, values};
-use crate::inference::{Inference, admit, check_text_len, run};
+use crate::inference::{Admitted, Inference, admit, check_text_len, run};
 use crate::reply::{Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
@@ -58,7 +58,37 @@ impl Given {
 }
 
 /// The route.
-pub(crate) async fn complete(mut call: Call) -> Answer {
+pub(crate) async fn complete(call: Call) -> Answer {
+    let (call, asked) = call.read(read).await?;
+    let Asked { inference, admitted, given, add_special_tokens } = asked;
+    let echo = inference.echo;
+    let has_text = echo || given.iter().any(|prompt| matches!(prompt, Given::Text(_)));
+    let bytes = given.iter().map(Given::bytes).sum();
+    let text = call.app.runtime.text().cloned();
+    let (cut, max_context) = (inference.sampling.clone(), call.app.runtime.config().max_context);
+    let work = move || {
+        let prompt = |given| {
+            let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
+            cut.truncate(&mut ids, max_context);
+            let text = if echo { echoed(text.as_deref(), &ids)? } else { String::new() };
+            Ok(Prompt { ids, text })
+        };
+        given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
+    };
+    // Ids need no work that is worth a thread's while.
+    let prompts = if has_text { call.app.text_pool.run(&call.caller.tenant.name, bytes, work).await? } else { work()? };
+    run(call, admitted, inference, prompts).await
+}
+
+/// A request that was understood and let in.
+struct Asked {
+    inference: Inference,
+    admitted: Admitted,
+    given: Vec<Given>,
+    add_special_tokens: bool,
+}
+
+fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let app = call.app.clone();
     let body = call.body.clone();
     let fields = call.fields(&body)?;
@@ -82,24 +112,10 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     given.iter().try_for_each(|prompt| prompt.check_ids(config.vocab_size))?;
     given.iter().try_for_each(|prompt| check_text_len(&app, prompt.bytes()))?;
     let bounds: Vec<usize> = given.iter().map(Given::max_tokens).collect();
-    let admitted = admit(&mut call, &bounds, sampling.n)?;
-
-    let bytes = given.iter().map(Given::bytes).sum();
-    let text = app.runtime.text().cloned();
-    let (cut, max_context) = (sampling.clone(), config.max_context);
-    let work = move || {
-        let prompt = |given| {
-            let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
-            cut.truncate(&mut ids, max_context);
-            let text = if echo { echoed(text.as_deref(), &ids)? } else { String::new() };
-            Ok(Prompt { ids, text })
-        };
-        given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
-    };
-    let prompts = app.text_pool.run(bytes, work).await?;
+    let admitted = admit(call, &bounds, sampling.n)?;
     let shape = Shape::Completion;
     let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
-    run(call, admitted, inference, prompts).await
+    Ok(Asked { inference, admitted, given, add_special_tokens })
 }
 
 /// A string, a list of strings, ids, or a list of lists of ids.

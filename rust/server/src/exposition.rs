@@ -20,7 +20,7 @@ const MAX_LISTED: usize = 256;
 
 /// The route.
 pub(crate) async fn expose(call: Call) -> Answer {
-    let text = call.app.render(|app| Ok(exposition(app))).await?;
+    let text = call.app.render(&call.caller.tenant, |app| Ok(exposition(app))).await?;
     Ok(typed_response("text/plain; version=0.0.4; charset=utf-8", text))
 }
 

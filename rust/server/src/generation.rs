@@ -29,7 +29,12 @@ struct Bell {
 struct Ringer {
     bell: Arc<Bell>,
     index: u32,
+    _held: Held,
 }
+
+/// What a generation takes of the limits. Its requests' wakers have it too, so that what a client has left is counted until
+/// the engine has let go of it: else clients that come and go within one step would fill the engine's own queue.
+type Held = Arc<Mutex<Option<Reservation>>>;
 
 impl Wake for Ringer {
     fn wake(&self, _: RequestId) {
@@ -69,7 +74,9 @@ pub(crate) struct Generation {
     adapter: Option<Arc<str>>,
     metrics: Arc<Metrics>,
     record: Arc<Record>,
-    _reservation: Reservation,
+    held: Held,
+    /// Whether the engine may still have something to end, where a stop string or a client's leaving was first.
+    is_left: bool,
     place: Option<Place>,
 }
 
@@ -96,11 +103,12 @@ impl Generation {
         let Start { adapter, account, prompts, sampling, wakes_on_token, reservation, place } = start;
         let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
+        let held = Arc::new(Mutex::new(Some(reservation)));
         let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
         for prompt in prompts {
             for copy in 0..sampling.n {
                 let index = choices.len() as u32;
-                let wake = Arc::new(Ringer { bell: bell.clone(), index });
+                let wake = Arc::new(Ringer { bell: bell.clone(), index, _held: held.clone() });
                 let output = runtime.submit(Submission {
                     prompt: prompt.clone(),
                     adapter: adapter.clone(),
@@ -134,7 +142,8 @@ impl Generation {
             adapter,
             metrics,
             record,
-            _reservation: reservation,
+            held,
+            is_left: false,
             place,
         })
     }
@@ -197,6 +206,7 @@ impl Generation {
         }
         if let Some(end) = &delta.end {
             choice.is_open = false;
+            self.is_left |= matches!(end, End::StopString(_));
             self.num_open -= 1;
             let reason = match end {
                 End::Length => "length",
@@ -237,8 +247,12 @@ impl Drop for Generation {
         for index in 0..self.choices.len() {
             prompt_tokens += self.choices[index].output.prompt().len() as u64;
             if self.choices[index].is_open {
+                self.is_left = true;
                 self.finish(index, "abort");
             }
+        }
+        if !self.is_left {
+            self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
         }
         let completion_tokens = self.total_tokens();
         self.metrics.observe_longest(self.choices.iter().map(|choice| choice.num_tokens).max().unwrap_or(0));

@@ -47,6 +47,7 @@ mod sse;
 mod status;
 mod text_pool;
 mod tokenize;
+mod turns;
 mod watch;
 
 pub use auth::Level;

@@ -12,6 +12,7 @@ use crate::router::{Answer, Call, json_response};
 /// All models that the caller may use.
 pub(crate) async fn list(call: Call) -> Answer {
     let Call { app, caller, .. } = call;
+    let tenant = caller.tenant.clone();
     let render = move |app: &App| {
         let adapters = app.runtime.adapters()?;
         let bases = app.base_names.iter().filter(|_| may_use_base(app, &caller)).map(|name| base(app, name));
@@ -19,7 +20,7 @@ pub(crate) async fn list(call: Call) -> Answer {
         let data: Vec<Value> = bases.chain(usable.map(|details| adapter(app, details))).collect();
         Ok(json_response(&json!({"object": "list", "data": data})))
     };
-    app.render(render).await
+    app.render(&tenant, render).await
 }
 
 /// One model. What the caller may not use is as unknown as what is not there.

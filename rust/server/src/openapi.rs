@@ -1,5 +1,7 @@
 //! `GET /openapi.json`: the server's own OpenAPI 3.1 document, made from the table of routes and their bodies' tables.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use crate::auth::Level;
@@ -53,8 +55,15 @@ fn operation(route: &Route, bounds: &Bounds, is_strict: bool, is_keyed: bool) ->
     });
     if let Some((_, param)) = path.split_once('{') {
         let name = param.trim_start_matches('*').trim_end_matches('}');
-        let value =
+        let mut value =
             if name == "name" { schema::adapter_name(bounds) } else { json!({"type": "string", "minLength": 1}) };
+        // A path that is written out goes before one with a name in it, and has methods of its own.
+        let parent = path.split('{').next().unwrap_or_default();
+        let others = ROUTES.iter().filter_map(|route| route.path.strip_prefix(parent));
+        let taken: BTreeSet<&str> = others.filter(|rest| !rest.is_empty() && !rest.contains(['{', '/'])).collect();
+        if !taken.is_empty() {
+            value["not"] = json!({"enum": taken});
+        }
         operation["parameters"] = json!([{"name": name, "in": "path", "required": true, "schema": value}]);
     }
     if route.verb.has_body() {
@@ -97,7 +106,7 @@ fn errors(route: &Route) -> Vec<u16> {
         Level::User => &[401],
         Level::Admin => &[401, 403],
     };
-    let by_body: &[u16] = if route.verb.has_body() { &[400, 413, 415, 503] } else { &[] };
+    let by_body: &[u16] = if route.verb.has_body() { &[400, 413, 415, 429, 503] } else { &[] };
     [by_level, by_body, route.errors, &[431]].concat()
 }
 
@@ -109,7 +118,7 @@ fn meaning(status: u16) -> &'static str {
         404 => "There is no such model or adapter, or the key may not use it.",
         413 => "The body is too large.",
         415 => "The body is not declared JSON.",
-        429 => "A limit of the key's own; see `Retry-After`.",
+        429 => "A limit of the key's own, or its tenant's share; see `Retry-After`.",
         431 => "The headers are too large.",
         _ => "Too much is unfinished, or the server is shutting down or has failed.",
     }

@@ -25,6 +25,9 @@ use crate::routes::{ROUTES, Route};
 /// Longest request id of a client's that is taken over.
 const MAX_ID_LEN: usize = 128;
 
+/// Bodies that are read at once, which takes at most 1 ms.
+const INLINE_BYTES: usize = 16 << 10;
+
 /// All that the second port answers, without a key.
 const METRICS_PORT_ROUTES: [&str; 5] = ["/metrics", "/health", "/health/ready", "/ready", "/ping"];
 
@@ -59,6 +62,23 @@ impl Call {
     /// The fields of the body, of which those in the route's table are known.
     pub fn fields<'a>(&self, body: &'a Bytes) -> Result<Fields<'a>, ApiError> {
         Fields::parse(body, self.app.config.limits.max_json_depth, self.route.body)
+    }
+
+    /// What `read` makes of the body. A long one is read off the threads that do HTTP: millions of values take a while.
+    pub async fn read<T: Send + 'static>(
+        mut self,
+        read: fn(&mut Self) -> Result<T, ApiError>,
+    ) -> Result<(Self, T), ApiError> {
+        if self.body.len() <= INLINE_BYTES {
+            let found = read(&mut self)?;
+            return Ok((self, found));
+        }
+        let (app, tenant, bytes) = (self.app.clone(), self.caller.tenant.clone(), self.body.len());
+        let work = move || {
+            let found = read(&mut self)?;
+            Ok((self, found))
+        };
+        app.text_pool.run(&tenant.name, bytes, work).await
     }
 }
 
@@ -142,12 +162,13 @@ async fn call(
         return Err(ApiError::internal("the connection's address is not known"));
     };
     let (caller, unsent) = (admit(app, route, &request, peer)?, peer.unsent.clone());
-    record.facts().tenant = Some(caller.tenant.clone());
+    record.facts().tenant = Some(caller.tenant.name.clone());
     let (mut body, mut reservation) = (Bytes::new(), None);
     if route.verb.has_body() {
         check_media_type(request.headers())?;
         let len = announced_len(app, request.headers())?;
-        reservation = Some(app.admission.reserve(Load { bytes: len as u64, ..Load::default() })?);
+        let load = Load { bytes: len as u64, ..Load::default() };
+        reservation = Some(app.admission.reserve(caller.tenant.clone(), load)?);
         body = read_body(app, request.into_body()).await?;
     }
     Ok(Call { app: app.clone(), caller, record: record.clone(), unsent, param, body, reservation, route })
@@ -219,7 +240,12 @@ fn finish(app: &App, record: &Record, origin: Option<HeaderValue>, result: Answe
             app.metrics.count_rejected(error.code);
         }
         facts.is_stream = false;
-        error.response()
+        let mut response = error.response();
+        if error.code == "tenant_queue_full" && app.is_short_of_connections() {
+            // Others could not even ask while the tenant that is refused keeps its connections.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
     });
     facts.status = response.status().as_u16();
     facts.is_done |= !facts.is_stream;

@@ -102,8 +102,8 @@ const VALIDATE: Body = &[adapters::VALIDATE_FIELDS];
 
 #[rustfmt::skip]
 pub(crate) static ROUTES: &[Route] = &[
-    route!(Post "/v1/chat/completions", User, chat::complete, "Continue a conversation.", CHAT, JsonOrEvents("ChatCompletion", "ChatCompletionChunk"), [404, 429]),
-    route!(Post "/v1/completions", User, completions::complete, "Continue a text.", COMPLETION, JsonOrEvents("Completion", "CompletionChunk"), [404, 429]),
+    route!(Post "/v1/chat/completions", User, chat::complete, "Continue a conversation.", CHAT, JsonOrEvents("ChatCompletion", "ChatCompletionChunk"), [404]),
+    route!(Post "/v1/completions", User, completions::complete, "Continue a text.", COMPLETION, JsonOrEvents("Completion", "CompletionChunk"), [404]),
     route!(Get "/v1/models", User, models::list, "The base first, then the adapters.", &[], Json("Models"), [503]),
     route!(Get "/v1/models/{*id}", User, models::get, "The base or an adapter.", &[], Json("Model"), [404, 503]),
     route!(Post "/tokenize", User, tokenize::tokenize, "Text or a conversation to token ids.", TOKENIZE, Json("Tokens"), [404]),

@@ -28,8 +28,8 @@ const SEND_BUFFER_BYTES: usize = 48 << 10;
 
 /// Connections that the system may hold until they are taken.
 const BACKLOG: i32 = 4096;
-/// Threads for files, text and calls to the step thread.
-const MAX_BLOCKING_THREADS: usize = 64;
+/// Threads for files, listings and calls to the step thread, beside those for text.
+const MAX_OTHER_THREADS: usize = 16;
 /// How long answers that are being written may take to go out when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at the keys file and at the engine's progress.
@@ -120,7 +120,7 @@ impl Server {
         let metrics_address = metrics.as_ref().map(|(_, address)| *address);
         let threads = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.threads())
-            .max_blocking_threads(MAX_BLOCKING_THREADS)
+            .max_blocking_threads(2 * config.limits.text_threads + MAX_OTHER_THREADS)
             .thread_name("slora-http")
             .enable_all()
             .build()

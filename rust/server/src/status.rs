@@ -17,7 +17,8 @@ const MAX_LISTED: usize = 200;
 /// The route.
 pub(crate) async fn status(call: Call) -> Answer {
     let Call { app, caller, .. } = call;
-    app.render(move |app| Ok(json_response(&shown(app, &caller)?))).await
+    let tenant = caller.tenant.clone();
+    app.render(&tenant, move |app| Ok(json_response(&shown(app, &caller)?))).await
 }
 
 fn shown(app: &App, caller: &Caller) -> Result<Value, ApiError> {

@@ -1,44 +1,34 @@
 //! Threads for templates and tokenizing: few, so that no request's text holds up another's HTTP, in two lanes, so that
-//! long texts do not hold up short ones either.
+//! long texts do not hold up short ones either, and in turn, so that no tenant's texts hold up another's.
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-
 use crate::errors::ApiError;
+use crate::turns::Turns;
 
 /// Texts of more bytes go the slow lane.
 const LONG_BYTES: usize = 64 << 10;
 
 /// Where text is worked on.
 pub(crate) struct TextPool {
-    short: Arc<Semaphore>,
-    long: Arc<Semaphore>,
+    short: Turns,
+    long: Turns,
 }
 
 impl TextPool {
     pub fn new(threads: usize) -> Self {
         let threads = threads.max(1);
-        let lane = || Arc::new(Semaphore::new(threads));
-        Self { short: lane(), long: Arc::new(Semaphore::new(threads.div_ceil(2))) }
+        Self { short: Turns::new(threads), long: Turns::new(threads.div_ceil(2)) }
     }
 
     /// Runs `work` on a thread of the pool. A caller that leaves while waiting never starts it.
     pub async fn run<T: Send + 'static>(
         &self,
+        tenant: &Arc<str>,
         bytes: usize,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let lane = if bytes > LONG_BYTES { &self.long } else { &self.short };
-        let Ok(permit) = lane.clone().acquire_owned().await else {
-            return Err(ApiError::unavailable("the server is shutting down"));
-        };
-        let work = move || {
-            let result = work();
-            drop(permit);
-            result
-        };
-        let result = tokio::task::spawn_blocking(work).await;
-        result.unwrap_or_else(|_| Err(ApiError::internal("the text of this request could not be worked on")))
+        lane.run(tenant, work).await
     }
 }

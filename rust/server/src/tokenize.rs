@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use slora_text::TextModel;
+use slora_text::{ChatInput, TextModel};
 
 use crate::app::App;
 use crate::chat;
@@ -45,54 +45,75 @@ fn check_model(call: &Call, fields: &Fields) -> Result<(), ApiError> {
 
 /// Text or messages → ids.
 pub(crate) async fn tokenize(call: Call) -> Answer {
+    let (call, asked) = call.read(read_text).await?;
     let app = call.app.clone();
+    let work = move || {
+        let Asked { model, prompt, input, adds_special, shows_tokens } = asked;
+        let ids = match prompt {
+            Some(prompt) => {
+                check_text_len(&app, prompt.len())?;
+                model.encode(&prompt, adds_special).map_err(|error| text_error(&error))?
+            }
+            None => chat::encode(&app, &model, &input)?,
+        };
+        let strings = ids.iter().map(|id| model.token_text(*id).unwrap_or_default());
+        let strings: Option<Vec<String>> = shows_tokens.then(|| strings.collect());
+        let max_context = app.runtime.config().max_context;
+        let answer = json!({"count": ids.len(), "max_model_len": max_context, "tokens": ids, "token_strs": strings});
+        Ok(json_response(&answer))
+    };
+    call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await
+}
+
+/// What is to be tokenized: a text, or the chat of `input`.
+struct Asked {
+    model: Arc<TextModel>,
+    prompt: Option<String>,
+    input: ChatInput,
+    adds_special: bool,
+    shows_tokens: bool,
+}
+
+fn read_text(call: &mut Call) -> Result<Asked, ApiError> {
+    let app = &call.app;
     let fields = call.fields(&call.body)?;
-    check_model(&call, &fields)?;
-    let model = text(&app)?;
+    check_model(call, &fields)?;
+    let model = text(app)?;
     let shows_tokens = fields.take("return_token_strs")?.unwrap_or(false);
-    let adds_special: Option<bool> = fields.take("add_special_tokens")?;
-    let pool = app.clone();
+    let adds_special = fields.take("add_special_tokens")?.unwrap_or(true);
     let prompt: Option<String> = fields.take("prompt")?;
     if prompt.is_some() && fields.raw("messages").is_some() {
         return Err(ApiError::invalid("messages", "messages and prompt exclude each other"));
     }
     // A text needs no template, but what is said of one must still be well said.
-    let input = if prompt.is_none() { chat::take_input(&app, &fields)? } else { chat::take_template(&fields)? };
+    let input = if prompt.is_none() { chat::take_input(app, &fields)? } else { chat::take_template(&fields)? };
     app.note_unknown(&fields)?;
-    let work = move || {
-        let ids = match prompt {
-            Some(prompt) => {
-                check_text_len(&pool, prompt.len())?;
-                model.encode(&prompt, adds_special.unwrap_or(true)).map_err(|error| text_error(&error))?
-            }
-            None => chat::encode(&pool, &model, &input)?,
-        };
-        let strings = ids.iter().map(|id| model.token_text(*id).unwrap_or_default());
-        let strings: Option<Vec<String>> = shows_tokens.then(|| strings.collect());
-        let max_context = pool.runtime.config().max_context;
-        Ok(json!({"count": ids.len(), "max_model_len": max_context, "tokens": ids, "token_strs": strings}))
-    };
-    Ok(json_response(&app.text_pool.run(call.body.len(), work).await?))
+    Ok(Asked { model, prompt, input, adds_special, shows_tokens })
 }
 
 /// Ids → text.
 pub(crate) async fn detokenize(call: Call) -> Answer {
-    let app = call.app.clone();
+    let (call, (model, ids, skips_special)) = call.read(read_ids).await?;
+    let work = move || {
+        let prompt = model.decode(&ids, skips_special).map_err(|error| text_error(&error))?;
+        Ok(json_response(&json!({"prompt": prompt})))
+    };
+    call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await
+}
+
+fn read_ids(call: &mut Call) -> Result<(Arc<TextModel>, Vec<u32>, bool), ApiError> {
+    let app = &call.app;
     let fields = call.fields(&call.body)?;
-    check_model(&call, &fields)?;
+    check_model(call, &fields)?;
     let ids: Vec<u32> = values(fields.require("tokens")?);
     let skips_special = fields.take("skip_special_tokens")?.unwrap_or(false);
     app.note_unknown(&fields)?;
     let vocab_size = app.runtime.config().vocab_size;
     if let Some(id) = ids.iter().find(|id| **id >= vocab_size) {
-        return Err(ApiError::invalid(
-            "tokens",
-            format!("token {id} is not one of the {vocab_size} in the vocabulary"),
-        ));
+        let message = format!("token {id} is not one of the {vocab_size} in the vocabulary");
+        return Err(ApiError::invalid("tokens", message));
     }
-    let model = text(&app)?;
-    let work = move || model.decode(&ids, skips_special).map_err(|error| text_error(&error));
-    Ok(json_response(&json!({"prompt": app.text_pool.run(call.body.len(), work).await?})))
+    Ok((text(app)?, ids, skips_special))
 }
 
 /// What clients need to build prompts themselves.

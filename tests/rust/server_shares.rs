@@ -1,0 +1,190 @@
+//! What one tenant may take of the limits on unfinished work, and what it leaves to others.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+mod server_world;
+
+use std::io::BufReader;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use slora_core::{EngineConfig, QueueOrder};
+
+use server_world::{Response, World, completion, read_head, with};
+
+const FLOOD: [(&str, &str); 1] = [("authorization", "Bearer flood")];
+
+/// A server with a key for each of two tenants.
+struct Shop {
+    world: World,
+    _folder: tempfile::TempDir,
+}
+
+impl Shop {
+    fn open(limits: Value, engine: EngineConfig, step_time: Duration) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keys.json");
+        let key = |name: &str| {
+            let sha256: String = Sha256::digest(name).iter().map(|byte| format!("{byte:02x}")).collect();
+            json!({"sha256": sha256, "tenant": name})
+        };
+        std::fs::write(&path, json!({"keys": [key("flood"), key("light")]}).to_string()).unwrap();
+        let world = World::with(json!({"api_keys_file": path, "limits": limits}), engine, step_time);
+        Self { world, _folder: folder }
+    }
+
+    fn complete(&self, key: &str) -> Response {
+        self.world.ask(key, "POST", "/v1/completions", Some(&completion(6)))
+    }
+
+    fn send_flood(&self, body: &str) -> TcpStream {
+        self.world.open("POST", "/v1/completions", &FLOOD, Some(body))
+    }
+
+    fn unfinished(&self) -> [u64; 3] {
+        let load = self.world.ask("light", "GET", "/load", None).json();
+        ["server_load", "prompt_tokens", "body_bytes"].map(|key| load[key].as_u64().unwrap())
+    }
+
+    fn wait_for(&self, what: &str, is_so: impl Fn([u64; 3]) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !is_so(self.unfinished()) {
+            assert!(Instant::now() < deadline, "never so: {what}; {:?}", self.unfinished());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn is_refused(response: &Response) -> bool {
+    let is_refused = response.status != 200;
+    if is_refused {
+        assert_eq!(response.error(), (429, "tenant_queue_full".into()));
+        let wait_s: u64 = response.header("retry-after").unwrap().parse().unwrap();
+        assert!((1..=120).contains(&wait_s));
+    }
+    is_refused
+}
+
+#[test]
+fn a_flood_of_ten_times_the_queue_takes_no_place_from_a_light_tenant() {
+    const CAPACITY: usize = 16;
+    for queue in [QueueOrder::Fair, QueueOrder::Fcfs] {
+        let engine = EngineConfig { queue, max_running: 2, ..EngineConfig::default() };
+        let limits = json!({"max_queued_requests": CAPACITY - 2});
+        let shop = Shop::open(limits, engine, Duration::from_millis(1));
+        let (is_over, num_refused, num_served) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let insist = || {
+            while !is_over.load(Ordering::Relaxed) && Instant::now() < deadline {
+                if is_refused(&shop.complete("flood")) {
+                    num_refused.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(20));
+                } else {
+                    num_served.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..10 * CAPACITY {
+                scope.spawn(insist);
+            }
+            shop.wait_for("the flood has its share", |[requests, ..]| requests >= 12);
+            let answers: Vec<Response> = (0..40).map(|_| shop.complete("light")).collect();
+            is_over.store(true, Ordering::Relaxed);
+            assert!(answers.iter().all(|answer| answer.status == 200), "{answers:?}");
+        });
+        let [refused, served] = [num_refused, num_served].map(AtomicUsize::into_inner);
+        assert!(refused > 100 && served > 40, "{refused} refused, {served} served");
+        shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+    }
+}
+
+#[test]
+fn prompt_tokens_and_bytes_are_shared_too() {
+    let limits = json!({"max_queued_tokens": 1_000, "max_queued_bytes": 10_000});
+    let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    let shop = Shop::open(limits, engine, Duration::from_millis(20));
+    let long = with(completion(20), json!({"prompt": vec![80; 100], "stream": true})).to_string();
+    let sent: Vec<_> = (0..20).map(|_| shop.send_flood(&long)).collect();
+    shop.wait_for("eight of a hundred tokens each", |[_, tokens, bytes]| (tokens, bytes) == (800, 0));
+    assert_eq!(shop.complete("light").status, 200);
+    let refused = sent.into_iter().map(Response::read).filter(is_refused).count();
+    assert_eq!(refused, 12);
+
+    // Bodies that are announced and do not come.
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer flood\r\ncontent-type: \
+                application/json\r\ncontent-length: 1000\r\n\r\n{";
+    let held: Vec<_> = (0..20).map(|_| shop.world.raw(head)).collect();
+    shop.wait_for("eight bodies of a thousand bytes", |[_, _, bytes]| bytes == 8_000);
+    assert_eq!(shop.complete("light").status, 200);
+    drop(held);
+    shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
+fn what_clients_have_left_counts_until_the_engine_has_let_go_of_it() {
+    let engine = EngineConfig { max_running: 2, max_waiting: 20, ..EngineConfig::default() };
+    let shop = Shop::open(json!({}), engine, Duration::from_millis(500));
+    let body = with(completion(200), json!({"stream": true})).to_string();
+    let first = shop.send_flood(&body);
+    shop.world.wait_until("a step runs", |stats| stats.running == 1);
+    // Within a step or two, and none of them waits for an answer: the engine hears of all at once.
+    for _ in 0..10 {
+        let sent: Vec<_> = (0..8).map(|_| shop.send_flood(&body)).collect();
+        std::thread::sleep(Duration::from_millis(20));
+        drop(sent);
+    }
+    let [requests, ..] = shop.unfinished();
+    assert!(requests <= 16, "{requests} of 20");
+    shop.world.set_step_time(Duration::ZERO);
+    assert_eq!(shop.complete("light").status, 200);
+    drop(first);
+    shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
+fn a_refused_tenant_does_not_keep_the_connections() {
+    let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    let limits = json!({"max_queued_requests": 9, "max_connections": 20});
+    let shop = Shop::open(limits, engine, Duration::from_millis(100));
+    let ask = || {
+        let body = completion(100).to_string();
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer flood\r\ncontent-type: \
+                    application/json";
+        shop.world.raw(&format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+    };
+    let held: Vec<TcpStream> = (0..8).map(|_| ask()).collect();
+    shop.wait_for("the flood has its share", |[requests, ..]| requests == 8);
+    let refused = |stream: TcpStream| {
+        let (status, headers) = read_head(&mut BufReader::new(&stream));
+        (stream, status, headers.contains(&("connection".into(), "close".into())))
+    };
+    let kept = [ask(), ask()].map(refused);
+    assert!(kept.iter().all(|(_, status, closes)| *status == 429 && !closes), "{kept:?}");
+    // Ten are open: every further one is one too many.
+    for _ in 0..40 {
+        let (stream, status, closes) = refused(ask());
+        assert!(status == 429 && closes);
+        drop(stream);
+    }
+    shop.world.set_step_time(Duration::ZERO);
+    assert_eq!(shop.complete("light").status, 200);
+    drop(held);
+}
+
+#[test]
+fn one_tenant_alone_may_take_everything() {
+    let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    let config = json!({"api_keys": ["only"], "admin_keys": ["admin"], "limits": {"max_queued_requests": 9}});
+    let world = World::with(config, engine, Duration::from_millis(200));
+    let bearer = [("authorization", "Bearer only")];
+    let body = completion(2).to_string();
+    let sent: Vec<_> = (0..10).map(|_| world.open("POST", "/v1/completions", &bearer, Some(&body))).collect();
+    world.wait_until("all are here", |stats| stats.submitted == 10);
+    let refused = world.ask("only", "POST", "/v1/completions", Some(&completion(2)));
+    assert_eq!(refused.error(), (503, "server_overloaded".into()));
+    world.set_step_time(Duration::ZERO);
+    assert!(sent.into_iter().all(|stream| Response::read(stream).status == 200));
+}
