@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use slora_core::EngineConfig;
 
-use server_world::{MAX_CONTEXT, Response, SCRIPT, World, completion, num_shown, read_head, text_of, with};
+use server_world::{MAX_CONTEXT, Response, SCRIPT, World, completion, example, num_shown, read_head, text_of, with};
 
 #[test]
 fn a_completion_is_whole() {
@@ -361,6 +361,22 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
     let response = world.post("/v1/completions", &body);
     assert!(response.body.contains(": keep-alive\n\n"), "{}", response.body);
     assert_eq!(num_shown(&response.events()), 2);
+}
+
+#[test]
+fn a_streams_headers_wait_for_the_adapter_and_not_for_a_turn() {
+    let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
+    let world = World::with(json!({}), engine, Duration::from_millis(20));
+    world.runtime.register("reverse", &example("adapters/reverse"), false, false).unwrap();
+    let body = with(completion(200), json!({"stream": true})).to_string();
+    let first = world.open("POST", "/v1/completions", &[], Some(&body));
+    world.wait_until("the first runs", |stats| stats.running == 1);
+    let body = with(completion(1), json!({"stream": true, "model": "reverse"})).to_string();
+    let second = world.open("POST", "/v1/completions", &[], Some(&body));
+    let (status, _) = read_head(&mut BufReader::new(second));
+    assert_eq!(status, 200);
+    world.wait_until("the first still runs, the second waits", |stats| (stats.running, stats.waiting) == (1, 1));
+    drop(first);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use slora_core::{EndReason, Events, RequestId};
+use slora_core::{AdapterId, EndReason, Events, RequestId};
 
 use crate::error::RequestError;
 use crate::inbox::{Command, Inbox};
@@ -20,8 +20,10 @@ const MAX_MESSAGES: usize = 4096;
 pub(crate) enum Message {
     /// A request that the engine is about to be asked to take.
     Open(Arc<Channel>),
-    /// It has, and bound this version of its adapter (0: the base), whose weights were loaded or not.
-    Accepted { id: RequestId, version: u32, was_loaded: bool },
+    /// It has, and bound this version of its adapter (0: the base), which may have to be loaded first.
+    Accepted { id: RequestId, version: u32, awaited: Option<AdapterId> },
+    /// This adapter has reached the host tier.
+    Loaded(AdapterId),
     /// It has not.
     Refused(RequestId, RequestError),
     /// What happened in a step.
@@ -78,11 +80,12 @@ impl Requests {
         while let Ok(message) = receiver.recv() {
             match message {
                 Message::Open(channel) => self.open(channel),
-                Message::Accepted { id, version, was_loaded } => {
+                Message::Accepted { id, version, awaited } => {
                     if let Some(channel) = self.open.get(&id) {
-                        channel.accept(version, was_loaded);
+                        channel.accept(version, awaited);
                     }
                 }
+                Message::Loaded(adapter) => self.open.values().for_each(|channel| channel.loaded(adapter)),
                 Message::Refused(id, error) => {
                     if let Some(channel) = self.open.remove(&id) {
                         channel.end(End::Error(error));

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use slora_core::{EndReason, RequestId};
+use slora_core::{AdapterId, EndReason, RequestId};
 use slora_text::{Detokenizer, StopStrings, TextError};
 
 use crate::error::RequestError;
@@ -57,8 +57,8 @@ pub struct Delta {
     pub is_accepted: bool,
     /// The version of the adapter that it was bound to then; 0: the base model.
     pub version: u32,
-    /// Whether that adapter's weights were in the host tier or on the device then; true for the base model.
-    pub was_loaded: bool,
+    /// That adapter's weights have reached the host tier, then or since; true for the base model.
+    pub is_loaded: bool,
     /// When it began to run for the first time.
     pub admitted_at: Option<Instant>,
     /// New tokens.
@@ -132,6 +132,8 @@ struct ChannelState {
     text: Option<TextState>,
     /// What is new, but for these tokens and their log-probabilities, if asked for.
     delta: Delta,
+    /// The request's adapter, while it is not loaded.
+    awaited: Option<AdapterId>,
     tokens: VecDeque<Token>,
     logprobs: VecDeque<TokenLogprobs>,
     num_tokens: u32,
@@ -176,13 +178,27 @@ impl Channel {
         }
     }
 
-    pub fn accept(&self, version: u32, was_loaded: bool) {
+    /// `awaited`: the adapter that is not loaded yet.
+    pub fn accept(&self, version: u32, awaited: Option<AdapterId>) {
         let mut state = self.lock();
         state.delta.is_accepted = true;
         state.delta.version = version;
-        state.delta.was_loaded = was_loaded;
+        state.delta.is_loaded = awaited.is_none();
+        state.awaited = awaited;
         if self.spec.wakes_on_token {
             self.signal(state);
+        }
+    }
+
+    /// An adapter has been loaded.
+    pub fn loaded(&self, adapter: AdapterId) {
+        let mut state = self.lock();
+        if state.awaited == Some(adapter) {
+            state.awaited = None;
+            state.delta.is_loaded = true;
+            if self.spec.wakes_on_token {
+                self.signal(state);
+            }
         }
     }
 
@@ -328,7 +344,7 @@ impl Output {
         let next = Delta {
             is_accepted: state.delta.is_accepted,
             version: state.delta.version,
-            was_loaded: state.delta.was_loaded,
+            is_loaded: state.delta.is_loaded,
             admitted_at: state.delta.admitted_at,
             end: state.delta.end.clone(),
             ..Delta::default()

@@ -168,7 +168,10 @@ impl Stepper {
                     let code = result.as_ref().err().map(|failure| failure.code);
                     self.shared.timings().observe_disk_load(elapsed, code);
                     match result {
-                        Ok(()) => self.engine.load_finished(id),
+                        Ok(()) => {
+                            self.engine.load_finished(id);
+                            self.send(Message::Loaded(id));
+                        }
                         Err(failure) => self.engine.load_failed(id, failure),
                     }
                 }
@@ -189,11 +192,11 @@ impl Stepper {
                 _ => lookups.disk += 1,
             }
         }
-        let is_loaded = |info: AdapterInfo| matches!(info.state, AdapterState::Host | AdapterState::Resident);
+        let is_loaded = |info: &AdapterInfo| matches!(info.state, AdapterState::Host | AdapterState::Resident);
         Message::Accepted {
             id,
             version: info.as_ref().map_or(0, |info| info.version),
-            was_loaded: info.is_none_or(is_loaded),
+            awaited: info.filter(|info| !is_loaded(info)).map(|info| info.id),
         }
     }
 

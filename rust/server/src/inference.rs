@@ -157,8 +157,7 @@ async fn stream(
             if let Some(error) = failure(&delta) {
                 return Err(error);
             }
-            let is_loaded = delta.is_accepted && delta.was_loaded;
-            is_settled[index] |= is_loaded || !delta.pieces.is_empty() || delta.end.is_some();
+            is_settled[index] |= delta.is_loaded || !delta.pieces.is_empty() || delta.end.is_some();
             early.push((index, delta));
         }
     }
