@@ -10,7 +10,7 @@ use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
 use crate::inference::{Inference, admit, check_text_len, run};
 use crate::log::unix_time_s;
-use crate::reply::{Prompt, Shape};
+use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
 use crate::schema::{Bounds, Field, MODEL, any_of, boolean};
@@ -77,7 +77,7 @@ pub(crate) async fn complete(mut call: Call) -> Answer {
     let work = move || {
         let mut ids = encode(&pool, &text, &input)?;
         cut.truncate(&mut ids, max_context);
-        Ok(vec![Prompt { ids, text: String::new() }])
+        Ok(vec![Prompt { ids, echo: Echo::default() }])
     };
     let prompts = app.text_pool.run(body.len(), work).await?;
     let (shape, echo) = (Shape::Chat, false);
