@@ -154,10 +154,6 @@ class Client:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        for i, message in enumerate(messages):
-            parts = message.get("content") if isinstance(message, Mapping) else None
-            if isinstance(parts, list) and not all(_is_text(part) for part in parts):
-                raise RequestError(f"messages[{i}] has a part that is not text, which is not supported")
         now = time.localtime()
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -177,10 +173,6 @@ class Client:
                 f"{self._engine.path} has no tokenizer.json, so text is not served; hint: send token ids"
             )
         return self._engine.text
-
-
-def _is_text(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text"
 
 
 def _is_list_of(values: object, kind: type) -> bool:

@@ -144,6 +144,19 @@ fn text_offsets_are_positions_in_the_text_that_is_returned() {
 }
 
 #[test]
+fn content_that_is_a_list_of_texts_is_as_one_text_of_so_many_lines() {
+    let world = World::new();
+    let ids = |content: Value| {
+        let body = json!({"messages": [{"role": "user", "content": content}]});
+        world.post("/tokenize", &body).json()["tokens"].clone()
+    };
+    let expected = ids(json!("ab\ncd"));
+    assert!(expected.as_array().unwrap().len() > 5, "{expected}");
+    assert_eq!(ids(json!([{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}])), expected);
+    assert_eq!(ids(json!(["ab", "cd"])), expected);
+}
+
+#[test]
 fn a_chat_is_whole_or_streams_with_its_role_first() {
     let world = World::new();
     let content = json!([{"type": "text", "text": "hello"}]);
