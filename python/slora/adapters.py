@@ -38,6 +38,8 @@ class AdapterInfo:
     replacing: bool
     """Whether a newer version is being loaded."""
     path: str | None
+    warnings: list[dict[str, str]]
+    """What its operator should know although it is served: each a `code` and a `message`."""
 
 
 _FIELDS = tuple(field.name for field in fields(AdapterInfo))
@@ -143,5 +145,5 @@ def _in_force(before: AdapterInfo, found: AdapterInfo) -> AdapterInfo:
 
 
 def _info(found: dict[str, Any]) -> AdapterInfo:
-    values: dict[str, Any] = {"ranks": {}, "path": None} | found
+    values: dict[str, Any] = {"ranks": {}, "path": None, "warnings": []} | found
     return AdapterInfo(**{name: values[name] for name in _FIELDS})
