@@ -128,10 +128,6 @@ class Stream:
             self._output = None
 
 
-_Starts = weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[_core.Output]]]
-"""The last stream of a task whose prompt went to a thread."""
-
-
 class AsyncLLM(Client):
     """One base model and its adapters, for asyncio.
 
@@ -147,7 +143,8 @@ class AsyncLLM(Client):
         """The arguments are those of `LLM`. No event loop is needed yet."""
         super().__init__(*args, **options)
         self._wakers: dict[asyncio.AbstractEventLoop, Waker] = {}
-        self._starts: _Starts = weakref.WeakKeyDictionary()
+        # By task: its last stream that a thread makes the ids for.
+        self._starts = weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[_core.Output]]]()
 
     @property
     def adapters(self) -> AsyncAdapters:

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::error::TextError;
 
-/// Roles that a template may read lists of.
-const ROLES: [&str; 3] = ["system", "user", "assistant"];
+/// Roles that a template may read lists of; the first one stands for those that are not here.
+const ROLES: [&str; 3] = ["user", "system", "assistant"];
 /// What each role is tried with; nothing that templates would change.
 const PROBES: [&str; 2] = ["slora-part-a", "slora-part-b"];
 
@@ -43,9 +43,8 @@ impl ListRoles {
         for message in messages.as_array_mut().into_iter().flatten() {
             let Some(parts) = parts(message) else { continue };
             let reads = self.0.get_or_init(|| ROLES.map(|role| reads_lists(role, &render)));
-            let role = ROLES.iter().position(|role| message["role"] == *role);
-            // Lists of other roles are those of users, as far as anybody knows.
-            if reads[role.unwrap_or(1)] {
+            let role = ROLES.iter().position(|role| message["role"] == *role).unwrap_or(0);
+            if reads[role] {
                 let part = |part: &Value| part.as_str().map_or_else(|| part.clone(), text_part);
                 message["content"] = parts.iter().map(part).collect();
             } else if let Some(texts) = parts.iter().map(part_text).collect::<Option<Vec<_>>>() {
@@ -64,8 +63,8 @@ fn reads_lists(role: &str, render: impl Fn(&Value) -> Option<String>) -> bool {
     let probe = json!({"role": role, "content": PROBES.map(text_part)});
     let user = json!({"role": "user", "content": "-"});
     let conversation = match role {
-        "system" => json!([probe, user]),
         "user" => json!([probe]),
+        "system" => json!([probe, user]),
         _ => json!([user, probe]),
     };
     let is_shown = |text: &str, part: &str| {
