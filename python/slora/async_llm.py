@@ -1,18 +1,23 @@
 """Generation under asyncio: streams of text, and answers to await."""
 
 import asyncio
+import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, overload
 
 from slora import _core
+from slora.adapters import AsyncAdapters
 from slora.client import AdapterNames, Client, Conversation, PromptLike
 from slora.feed import Prompt, make_sampling
 from slora.outputs import Delta, Result
 
 SUBMITS_AT_ONCE = 64
 """Then other tasks have their turn."""
+LONG_PROMPT = 4 << 10
+"""Characters, or ids, above which a thread makes the ids: shorter ones are done sooner than a thread has begun."""
 
 
 class Waker:
@@ -50,27 +55,36 @@ class Waker:
 class Stream:
     """The deltas of one request, to be read with `async for`. Dropping it, or `aclose`, cancels the request."""
 
-    def __init__(self, output: _core.Output, waker: Waker, has_logprobs: bool) -> None:
-        self.prompt_token_ids, self.adapter = output.prompt_token_ids, output.adapter
-        self._output: _core.Output | None = output
-        self._id, self._waker, self._has_logprobs = output.id, waker, has_logprobs
+    def __init__(
+        self, start: _core.Output | asyncio.Task[_core.Output], adapter: str | None, waker: Waker, has_logprobs: bool
+    ) -> None:
+        self.adapter = adapter
+        self.prompt_token_ids: list[int] | None = None
+        """None while a long prompt is not turned into ids yet; known with the first delta."""
+        self._waker, self._has_logprobs = waker, has_logprobs
+        self._output: _core.Output | None = None
+        self._start: asyncio.Task[_core.Output] | None = None
         self._is_new = asyncio.Event()
-        # Not a method of the stream's: the waker must not keep a stream alive that its reader has left.
-        waker.call(output.id, self._is_new.set)
+        if isinstance(start, asyncio.Task):
+            self._start = start
+        else:
+            self._begin(start)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        while self._output is not None:
-            try:
+        try:
+            if self._start is not None:
+                self._begin(await self._start)
+            while self._output is not None:
                 delta = self._take(self._output)
                 if delta is not None:
                     return delta
                 await self._is_new.wait()
-            except BaseException:
-                self._end()
-                raise
+        except BaseException:
+            self._end()
+            raise
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -78,7 +92,14 @@ class Stream:
         self._end()
 
     def __del__(self) -> None:
-        self._waker.forget(self._id)
+        if self._output is not None:
+            self._waker.forget(self._output.id)
+
+    def _begin(self, output: _core.Output) -> None:
+        self._start, self._output = None, output
+        self.prompt_token_ids = output.prompt_token_ids
+        # Not a method of the stream's: the waker must not keep a stream alive that its reader has left.
+        self._waker.call(output.id, self._is_new.set)
 
     def _take(self, output: _core.Output) -> Delta | None:
         self._is_new.clear()
@@ -98,10 +119,13 @@ class Stream:
         return delta
 
     def _end(self) -> None:
+        if self._start is not None:
+            self._start.cancel()
+            self._start = None
         if self._output is not None:
             self._output.cancel()
+            self._waker.forget(self._output.id)
             self._output = None
-            self._waker.forget(self._id)
 
 
 class AsyncLLM(Client):
@@ -111,21 +135,31 @@ class AsyncLLM(Client):
             async for delta in llm.stream("hello", adapter="formal", max_tokens=32):
                 print(delta.text, end="")
 
-    The engine works on threads of its own; it wakes the event loop once a step.
+    The engine works on threads of its own; it wakes the event loop once a step. Long prompts are turned into ids on
+    threads too. What one task asks for is submitted in its order.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """The arguments are those of `LLM`. No event loop is needed yet."""
         super().__init__(*args, **options)
         self._wakers: dict[asyncio.AbstractEventLoop, Waker] = {}
+        # By task: its last stream that a thread makes the ids for.
+        self._starts = weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[_core.Output]]]()
+
+    @property
+    def adapters(self) -> AsyncAdapters:
+        """The adapters by name, to look at, and to change with `await`."""
+        return AsyncAdapters(self._engine)
 
     def stream(self, prompt: PromptLike, *, adapter: str | None = None, **sampling: Any) -> Stream:
         """The answer as it is generated. Leaving the loop, or cancelling the task, cancels the request."""
-        (one,), _ = self._batch([prompt], adapter)
+        # Its caller may go on to change it while a thread reads it.
+        (one,), _ = self._batch([copy.copy(prompt)], adapter)
         return self._stream(one, sampling)
 
     def chat_stream(self, messages: Conversation, *, adapter: str | None = None, **options: Any) -> Stream:
         """The answer to a conversation as it is generated; `options` as in `LLM.chat`."""
+        messages, options = copy.deepcopy((messages, options))
         (one,), _, sampling = self._chat_batch([messages], adapter, options)
         return self._stream(one, sampling)
 
@@ -194,9 +228,32 @@ class AsyncLLM(Client):
         return self._wakers[loop]
 
     def _stream(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Stream:
-        waker = self._waker()
-        output = self._submit(prompt.ids(), prompt.adapter, make_sampling(sampling), waker.mailbox, True)
-        return Stream(output, waker, sampling.get("logprobs") is not None)
+        waker, caller, before = self._waker(), asyncio.current_task(), self._last_start()
+        params = make_sampling(sampling)
+
+        def submit(ids: list[int]) -> _core.Output:
+            return self._submit(ids, prompt.adapter, params, waker.mailbox, True)
+
+        async def start() -> _core.Output:
+            ids = await asyncio.to_thread(prompt.ids)
+            await _settled(before)
+            return submit(ids)
+
+        found: _core.Output | asyncio.Task[_core.Output]
+        if before is None and prompt.length <= LONG_PROMPT:
+            found = submit(prompt.ids())
+        else:
+            found = asyncio.create_task(start())
+            if caller is not None:
+                self._starts[caller] = weakref.ref(found)
+        return Stream(found, prompt.adapter, waker, sampling.get("logprobs") is not None)
+
+    def _last_start(self) -> asyncio.Task[_core.Output] | None:
+        """What the calling task asked for before, if it is not submitted yet."""
+        caller = asyncio.current_task()
+        last = self._starts.get(caller) if caller is not None else None
+        start = last() if last is not None else None
+        return start if start is not None and not start.done() else None
 
     async def _run(self, prompts: list[Prompt], n: int, sampling: Mapping[str, Any]) -> list[Result]:
         waker, ended, is_new = self._waker(), list[int](), asyncio.Event()
@@ -213,8 +270,11 @@ class AsyncLLM(Client):
 
         feed = self._feed(prompts, n, sampling, submit)
         try:
+            await _settled(self._last_start())
             while feed.num_left:
-                while feed.fill(SUBMITS_AT_ONCE):
+                while feed.fill(SUBMITS_AT_ONCE, LONG_PROMPT):
+                    if feed.long_prompt is not None:
+                        feed.put_ids(await asyncio.to_thread(feed.long_prompt.ids))
                     await asyncio.sleep(0)
                 await is_new.wait()
                 is_new.clear()
@@ -224,3 +284,9 @@ class AsyncLLM(Client):
             for request in feed.cancel():
                 waker.forget(request)
         return feed.results
+
+
+async def _settled(start: asyncio.Task[_core.Output] | None) -> None:
+    """Wait for the end of a start, whichever it is; to be cancelled here is not to cancel it."""
+    if start is not None:
+        await asyncio.wait([start])

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields
 from functools import partial
 from numbers import Integral
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from slora import _core
-from slora.adapters import Adapters
 from slora.engine import Engine
 from slora.errors import RequestError
 from slora.feed import Feed, Prompt, Submit
@@ -74,7 +73,6 @@ class Client:
             seed=seed,
         )
         self._engine = Engine(model, options)
-        self.adapters = Adapters(self._engine)
 
     def stats(self) -> Stats:
         """Counters and gauges, as of the last step."""
@@ -110,7 +108,11 @@ class Client:
         is_one = isinstance(prompts, str) or _is_list_of(prompts, Integral)
         each: Sequence[PromptLike] = [prompts] if is_one else prompts
         names = _names(adapter, len(each))
-        return [Prompt(partial(self._ids, prompt), name) for prompt, name in zip(each, names, strict=True)], is_one
+        batch = [
+            Prompt(partial(self._ids, prompt), name, len(prompt) if isinstance(prompt, Sized) else 0)
+            for prompt, name in zip(each, names, strict=True)
+        ]
+        return batch, is_one
 
     def _chat_batch(
         self, messages: Any, adapter: AdapterNames, options: Mapping[str, Any]
@@ -122,7 +124,7 @@ class Client:
         template = {name: value for name, value in options.items() if name in TEMPLATE_OPTIONS}
         sampling = {"max_tokens": None} | {name: value for name, value in options.items() if name not in template}
         prompts = [
-            Prompt(partial(self._chat_ids, conversation, **template), name)
+            Prompt(partial(self._chat_ids, conversation, **template), name, _text_len([conversation, template]))
             for conversation, name in zip(each, names, strict=True)
         ]
         return prompts, is_one, sampling
@@ -154,10 +156,6 @@ class Client:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        for i, message in enumerate(messages):
-            parts = message.get("content") if isinstance(message, Mapping) else None
-            if isinstance(parts, list) and not all(_is_text(part) for part in parts):
-                raise RequestError(f"messages[{i}] has a part that is not text, which is not supported")
         now = time.localtime()
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -179,8 +177,13 @@ class Client:
         return self._engine.text
 
 
-def _is_text(part: object) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text"
+def _text_len(value: object) -> int:
+    """Characters in a nest of messages; what is no text counts as one."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_text_len, value)) if isinstance(value, (list, tuple)) else 1
 
 
 def _is_list_of(values: object, kind: type) -> bool:

@@ -16,6 +16,8 @@ class Prompt(NamedTuple):
 
     ids: Callable[[], list[int]]
     adapter: str | None
+    length: int
+    """Characters, or ids: how much there is to turn."""
 
 
 class Feed:
@@ -35,10 +37,12 @@ class Feed:
         others = make_sampling({**sampling, "prompt_logprobs": None})
         self._samplings = [first, *(others.with_seed(i) for i in range(1, n))]
         self._waiting = iter((i, choice, prompt) for i, prompt in enumerate(prompts) for choice in range(n))
+        self._next = next(self._waiting, None)
         self._open: dict[int, tuple[int, int, _core.Output]] = {}
         self._choices: list[list[Choice | None]] = [[None] * n for _ in prompts]
         self._results: list[Result | None] = [None] * len(prompts)
         self._ids: tuple[int, list[int]] = (-1, [])
+        self.long_prompt: Prompt | None = None
         self.num_left = len(prompts)
 
     @property
@@ -46,18 +50,29 @@ class Feed:
         """All of them; none may be left."""
         return [result for result in self._results if result is not None]
 
-    def fill(self, most: int = sys.maxsize) -> bool:
-        """Submit what may be on its way, but no more than `most`; whether more may follow at once."""
+    def fill(self, most: int = sys.maxsize, longest: int = sys.maxsize) -> bool:
+        """Submit what may be on its way, but no more than `most`; whether more may follow at once.
+
+        Stops at a prompt longer than `longest` until `put_ids` brings its ids: it is `long_prompt` then.
+        """
         for _ in range(min(most, self._max_outstanding - len(self._open))):
-            following = next(self._waiting, None)
-            if following is None:
+            if self._next is None:
                 return False
-            index, choice, prompt = following
+            index, choice, prompt = self._next
             if self._ids[0] != index:
+                if prompt.length > longest:
+                    self.long_prompt = prompt
+                    return True
                 self._ids = (index, prompt.ids())
             output = self._submit(self._ids[1], prompt.adapter, self._samplings[choice])
             self._open[output.id] = (index, choice, output)
+            self._next = next(self._waiting, None)
         return len(self._open) < self._max_outstanding
+
+    def put_ids(self, ids: list[int]) -> None:
+        """The ids of `long_prompt`."""
+        assert self._next is not None
+        self._ids, self.long_prompt = (self._next[0], ids), None
 
     def collect(self, ids: Iterable[int]) -> int:
         """Take what ended, by request id: how many prompts have all their answers now. Raises a request's error."""

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from slora import _core
+from slora.adapters import Adapters
 from slora.client import AdapterNames, Client, Conversation, PromptLike
 from slora.feed import Prompt
 from slora.outputs import Result
@@ -24,6 +25,11 @@ class LLM(Client):
     Calls may come from several threads. `close`, leaving `with`, garbage collection and the interpreter's exit free all
     memory; unfinished requests then end with an error.
     """
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters by name, to look at and to change."""
+        return Adapters(self._engine)
 
     @overload
     def generate(

@@ -1,5 +1,6 @@
 """`llm.adapters`: names, versions, states, and what requests notice of it."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,18 @@ def test_an_adapter_says_what_it_is(fresh: slora.LLM) -> None:
     assert str(info.path) == str(ADAPTERS / "reverse")
     fresh.generate("abc", adapter="reverse", **GREEDY)
     assert fresh.adapters["reverse"].state == "resident"
+
+
+def test_an_adapter_keeps_its_warnings(fresh: slora.LLM, tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS / "upper", tmp_path / "upper")
+    config = tmp_path / "upper" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "down_proj"]}))
+    added = fresh.adapters.add("upper", tmp_path / "upper")
+    codes = [warning["code"] for warning in added.warnings]
+    assert {"untargeted_module", "unused_target"} <= set(codes)
+    assert fresh.adapters["upper"].warnings == added.warnings
+    replaced = fresh.adapters.add("upper", ADAPTERS / "upper", replace=True)
+    assert not {"untargeted_module", "unused_target"} & {warning["code"] for warning in replaced.warnings}
 
 
 def test_adapters_come_and_go(fresh: slora.LLM, settled: Callable[[slora.LLM], slora.outputs.Stats]) -> None:

@@ -1,6 +1,7 @@
 """Streams and answers under asyncio."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -159,6 +160,125 @@ def test_chats_can_be_awaited_and_streamed() -> None:
         assert (await llm.chat(messages, adapter="upper", temperature=0)).text == "HELLO"
         deltas = [delta.text async for delta in llm.chat_stream(messages, adapter="spell", temperature=0)]
         assert "".join(deltas) == "h-e-l-l-o"
+
+    run(body)
+
+
+async def count_turns(awaited: Awaitable[object]) -> int:
+    """Turns that another task has meanwhile."""
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0.001)
+            turns += 1
+
+    other = asyncio.create_task(turn())
+    try:
+        await awaited
+    finally:
+        other.cancel()
+    return turns
+
+
+def test_a_long_prompt_is_turned_into_ids_while_other_tasks_go_on() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        text = "window water " * 20_000
+
+        async def refused(awaited: Awaitable[object]) -> None:
+            with pytest.raises(slora.RequestError, match="maximum context length"):
+                await awaited
+
+        assert await count_turns(refused(llm.generate(text))) > 10
+        assert await count_turns(refused(anext(llm.stream(text)))) > 10
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        assert await count_turns(refused(anext(llm.chat_stream(messages)))) > 10
+
+    run(body)
+
+
+@pytest.fixture
+def long_from_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slora.async_llm, "LONG_PROMPT", 4)
+
+
+@pytest.mark.usefixtures("long_from_5")
+def test_what_one_task_asks_for_is_submitted_in_its_order() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        asked: list[int] = []
+        submit = llm._submit
+
+        def note(ids: list[int], *rest: Any) -> Any:
+            asked.append(len(ids))
+            return submit(ids, *rest)
+
+        llm._submit = note  # type: ignore[method-assign]
+        prompts = ["abc" * 200, "abc" * 5, "ab", "abc" * 50, "a"]
+        streams = [llm.stream(prompt, **LONG | {"max_tokens": 1}) for prompt in prompts]
+        await llm.generate(["abcd" * 100, "abc"], n=2, max_tokens=1)
+        assert asked == [601, 16, 3, 151, 2, 401, 401, 4, 4]
+        for stream, prompt in zip(streams, prompts, strict=True):
+            assert len([delta async for delta in stream]) == 1
+            assert len(stream.prompt_token_ids or []) == len(prompt) + 1
+        short = llm.stream("a", max_tokens=1)
+        assert short.prompt_token_ids is not None, "nothing is waited for any more"
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+def test_a_stream_that_is_left_before_its_prompt_is_turned_into_ids_is_cancelled() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        left, dropped = llm.stream("window", **LONG), llm.stream("water ladder", **LONG)
+        await left.aclose()
+        del dropped
+        assert [delta async for delta in left] == []
+        waiting = asyncio.create_task(anext(llm.stream("kitten", **LONG)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (await llm.generate("window", adapter="upper", temperature=0)).text == "WINDOW"
+        await settle(llm)
+        assert llm.stats().generated_tokens < 900
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+def test_a_prompt_is_what_it_was_when_it_was_asked_for() -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        messages = [{"role": "user", "content": "hello"}]
+        stream = llm.chat_stream(messages, adapter="upper", temperature=0)
+        messages[0]["content"] = "window"
+        messages.append({"role": "assistant", "content": "water"})
+        assert "".join([delta.text async for delta in stream]) == "HELLO"
+
+    run(body)
+
+
+def test_adapters_are_changed_while_other_tasks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = slora.adapters.AsyncAdapters._register
+
+    def slowly(*arguments: Any) -> slora.adapters.AdapterInfo:
+        time.sleep(0.2)
+        return register(*arguments)
+
+    monkeypatch.setattr(slora.adapters.AsyncAdapters, "_register", slowly)
+
+    async def body(llm: slora.AsyncLLM) -> None:
+        stream = llm.stream("abc", adapter="reverse", **LONG)
+        await anext(stream)
+        assert await count_turns(llm.adapters.add("reverse", ADAPTERS / "upper", replace=True)) > 10
+        assert llm.adapters["reverse"].version == 2
+        assert (await llm.generate("abc", adapter="reverse", temperature=0)).text == "ABC", "the very next request"
+        await llm.adapters.pin("sort")
+        assert llm.adapters["sort"].pinned
+        await llm.adapters.remove("sort")
+        with pytest.raises(slora.UnknownAdapterError, match="sort"):
+            await llm.adapters.remove("sort")
+        await stream.aclose()
 
     run(body)
 

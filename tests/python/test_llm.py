@@ -100,6 +100,14 @@ def test_a_chat_takes_text_only_and_continues_what_it_is_told_to(llm: slora.LLM)
     assert prompt == [*opened, *llm.generate("ab", max_tokens=1).prompt_token_ids[1:]]
 
 
+def test_content_that_is_a_list_of_texts_is_as_one_text_of_so_many_lines(llm: slora.LLM) -> None:
+    def ids(content: Any) -> list[int]:
+        return llm.chat([{"role": "user", "content": content}], max_tokens=1).prompt_token_ids
+
+    expected = ids("ab\ncd")
+    assert ids([{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]) == ids(["ab", "cd"]) == expected
+
+
 def test_n_choices_are_as_requests_with_neighbouring_seeds(llm: slora.LLM) -> None:
     options: dict[str, Any] = {"temperature": 3.0, "max_tokens": 8, "logprobs": 0}
     result = llm.generate("hello", n=4, seed=11, **options)

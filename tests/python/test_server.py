@@ -41,6 +41,23 @@ def test_adapters_answer_by_name(served: Served) -> None:
     assert {"reverse", "upper"} < set(models)
 
 
+def test_what_is_odd_about_an_adapter_is_told_and_logged_once_a_version(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS / "upper", tmp_path / "odd")
+    config = tmp_path / "odd" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "somebody/else"}))
+    with Served(str(BASE), "--adapter-dir", str(tmp_path), "--admin-key", ADMIN) as served:
+        found = json.loads(served.call("/v1/adapters/odd")[1])["warnings"]
+        assert complete(served, "odd", "banana") == "BANANA"
+        body = {"path": str(tmp_path / "odd")}
+        assert served.call("/v1/adapters/again", body, method="PUT")[0] == 200
+        assert served.call("/v1/adapters/again", body, method="PUT")[0] == 200
+    assert [warning["code"] for warning in found] == ["base_mismatch"]
+    assert "somebody/else" in found[0]["message"]
+    lines = [json.loads(line) for line in served.log if line.startswith("{")]
+    logged = [(line["adapter"], line["message"]) for line in lines if line["event"] == "adapter_warning"]
+    assert logged == [(name, found[0]["message"]) for name in ("odd", "again", "again")]
+
+
 def test_a_stream_brings_the_text_in_events(served: Served) -> None:
     messages = [{"role": "user", "content": "hello"}]
     body = {"model": "upper", "messages": messages, "max_tokens": 32, "temperature": 0, "stream": True}

@@ -192,6 +192,17 @@ fn a_stop_string_ends_the_request_across_tokens_and_nothing_runs_on() {
 }
 
 #[test]
+fn a_piece_counts_the_characters_that_it_completes_shown_or_held_back() {
+    let world = World::new("a<|begin|>\u{800}bc<|end|>");
+    let stops = vec!["bcx".to_owned()];
+    let output = world.runtime.submit(Submission { stops, ..world.submission("x", 10) }).unwrap();
+    let delta = world.finish(&output);
+    let found: Vec<(usize, &str)> = delta.pieces.iter().map(|piece| (piece.num_chars, piece.text.as_str())).collect();
+    assert_eq!(found, [(1, "a"), (0, ""), (0, ""), (0, ""), (1, "\u{800}"), (1, ""), (1, ""), (0, "")]);
+    assert_eq!(delta.tail, "bc");
+}
+
+#[test]
 fn text_that_may_begin_a_stop_string_is_held_back_until_the_end() {
     let world = World::new("abcdefgh");
     let stops = vec!["efgX".to_owned()];

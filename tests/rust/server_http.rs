@@ -91,6 +91,71 @@ fn a_prompt_is_echoed_with_a_log_probability_for_each_token_after_the_first() {
     assert_eq!(nothing["usage"]["completion_tokens"], 0);
 }
 
+/// Text and `text_offset` of a completion's first choice, whole and streamed.
+fn offsets(world: &World, fields: Value) -> [(String, Value); 2] {
+    let body = with(with(completion(3), json!({"logprobs": 0})), fields);
+    let whole = world.post("/v1/completions", &body).json()["choices"][0].clone();
+    let events = world.post("/v1/completions", &with(body, json!({"stream": true}))).events();
+    let lists = events.iter().filter_map(|event| event["choices"][0]["logprobs"]["text_offset"].as_array());
+    let streamed = lists.flatten().cloned().collect();
+    [
+        (whole["text"].as_str().unwrap().to_owned(), whole["logprobs"]["text_offset"].clone()),
+        (text_of(&events, 0), streamed),
+    ]
+}
+
+#[test]
+fn text_offsets_are_positions_in_the_text_that_is_returned() {
+    let world = World::new();
+    let ids = |text| world.text.encode(text, false).unwrap();
+    let (begin, stop) = (ids("<|begin|>")[0], ids("c")[0]);
+    let with_special = [ids("x"), vec![begin], ids("y")].concat();
+    let cases = [
+        ("plain", json!({}), "abc", json!([0, 1, 2])),
+        (
+            "a special token is left out of the echo",
+            json!({"prompt": "xy", "echo": true, "add_special_tokens": true}),
+            "xycde",
+            json!([0, 0, 1, 2, 3, 4]),
+        ),
+        ("also in the middle", json!({"prompt": with_special, "echo": true}), "xycde", json!([0, 1, 1, 2, 3, 4])),
+        (
+            "a character of three tokens",
+            json!({"prompt": "\u{800}y", "echo": true}),
+            "\u{800}ydef",
+            json!([0, 0, 0, 1, 2, 3, 4]),
+        ),
+        (
+            "half a character",
+            json!({"prompt": ids("\u{800}")[..2], "echo": true}),
+            "\u{fffd}bcd",
+            json!([0, 0, 1, 2, 3]),
+        ),
+        ("a stop token", json!({"stop_token_ids": [stop]}), "ab", json!([0, 1, 2])),
+        ("held back for a stop string that does not come", json!({"stop": ["bcx"]}), "abc", json!([0, 1, 2])),
+    ];
+    for (what, fields, text, expected) in cases {
+        for (shown, found) in offsets(&world, fields) {
+            assert_eq!((shown.as_str(), &found), (text, &expected), "{what}");
+        }
+    }
+    let [(text, found), (streamed, _)] = offsets(&world, json!({"stop": ["bc"]}));
+    assert_eq!((text.as_str(), streamed.as_str(), found), ("a", "a", json!([0, 1, 1])), "a stop string is cut off");
+}
+
+#[test]
+fn content_that_is_a_list_of_texts_is_as_one_text_of_so_many_lines() {
+    let world = World::new();
+    let ids = |content: Value| {
+        let body = json!({"messages": [{"role": "user", "content": content}]});
+        world.post("/tokenize", &body).json()["tokens"].clone()
+    };
+    let expected = ids(json!("ab\ncd"));
+    assert!(expected.as_array().unwrap().len() > 5, "{expected}");
+    assert_eq!(ids(json!([{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}])), expected);
+    assert_eq!(ids(json!(["ab", "cd"])), expected);
+}
+
 #[test]
 fn a_chat_is_whole_or_streams_with_its_role_first() {
     let world = World::new();

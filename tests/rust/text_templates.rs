@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use slora_text::{ChatInput, ChatTemplate, TextError};
 
 fn golden(name: &str) -> PathBuf {
@@ -58,4 +58,55 @@ fn renderings_equal_the_golden_ones() {
     }
     assert!(cases.len() >= 35, "{} cases", cases.len());
     assert!(failures.is_empty(), "{} of {} differ\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+fn rendered(template: &str, messages: Value) -> Result<String, TextError> {
+    ChatTemplate::new(template).unwrap().render([], &ChatInput { messages, ..ChatInput::default() })
+}
+
+#[test]
+fn a_list_of_texts_is_text_for_a_template_that_does_not_read_lists() {
+    let all = |body: &str| format!("{{% for message in messages %}}<{body}>{{% endfor %}}");
+    let messages = json!([
+        {"role": "system", "content": [{"type": "text", "text": "s"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, "b"]},
+        {"role": "assistant", "content": "c"},
+    ]);
+    let walk = "{% for part in message.content %}[{{ part.text }}]{% endfor %}";
+    let either =
+        format!("{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}{walk}{{% endif %}}");
+    let cases = [
+        ("prints", all("{{ message.content }}"), "<s><a\nb><c>"),
+        ("adds", all("{{ message.role + message.content }}"), "<systems><usera\nb><assistantc>"),
+        ("prints JSON", all("{{ message.content | tojson }}"), "<\"s\"><\"a\\nb\"><\"c\">"),
+        ("leaves lists out", all("{% if message.content is string %}{{ message.content }}{% endif %}"), "<s><a\nb><c>"),
+        (
+            "reads the first part",
+            all(
+                "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}{% endif %}",
+            ),
+            "<s><a\nb><c>",
+        ),
+        ("reads lists", all(&either), "<[s]><[a][b]><c>"),
+        (
+            "reads them of users",
+            all(&format!("{{% if message.role == 'user' %}}{walk}{{% else %}}{{{{ message.content }}}}{{% endif %}}")),
+            "<s><[a][b]><c>",
+        ),
+    ];
+    for (what, template, expected) in cases {
+        assert_eq!(rendered(&template, messages.clone()).as_deref(), Ok(expected), "{what}");
+    }
+}
+
+#[test]
+fn a_list_of_texts_can_be_continued() {
+    let messages =
+        json!([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]}]);
+    for (body, expected) in [("{{ m.content }}", "a\nb "), ("{% for p in m.content %}{{ p.text }}{% endfor %}", "ab ")]
+    {
+        let template = ChatTemplate::new(&format!("{{% for m in messages %}}{body}<end>{{% endfor %}}")).unwrap();
+        let input = ChatInput { messages: messages.clone(), continue_final_message: true, ..ChatInput::default() };
+        assert_eq!(template.render([], &input).as_deref(), Ok(expected));
+    }
 }

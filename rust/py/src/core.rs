@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{IntoPyDict, PyDict};
 use slora_core::{Account, AdapterState, EngineConfig, Eviction, QueueOrder};
 use slora_runtime::{AdapterDetails, Runtime, RuntimeConfig, State, StepLogprobs, Stepper, Submission};
 
@@ -351,6 +351,9 @@ fn adapter_dict<'py>(py: Python<'py>, details: &AdapterDetails) -> PyResult<Boun
         }
         dict.set_item("ranks", ranks)?;
         dict.set_item("path", &checkpoint.report().folder)?;
+        let warnings = checkpoint.report().warnings.iter();
+        let warnings = warnings.map(|warning| [("code", warning.code), ("message", &warning.message)].into_py_dict(py));
+        dict.set_item("warnings", warnings.collect::<PyResult<Vec<_>>>()?)?;
     }
     Ok(dict)
 }

@@ -29,6 +29,8 @@ pub struct Piece {
     pub token: u32,
     /// Text that is complete and safe to show with it: whole characters, and nothing that may begin a stop string.
     pub text: String,
+    /// Characters of the text that the token completed, also where some are held back: a stop string may begin there.
+    pub num_chars: usize,
     /// If asked for.
     pub logprobs: Option<TokenLogprobs>,
     /// When the step that made it was delivered, however late the reader looks.
@@ -82,14 +84,15 @@ impl TextState {
         Self { detokenizer, stops }
     }
 
-    /// The text that a token completes, and the stop string that ends it.
-    fn push(&mut self, token: u32) -> Result<(String, Option<usize>), TextError> {
+    /// The text that may be shown with a token, the characters that the token completes, and the stop string that ends it.
+    fn push(&mut self, token: u32) -> Result<(String, usize, Option<usize>), TextError> {
         let text = self.detokenizer.push(token)?;
+        let num_chars = text.chars().count();
         if self.stops.is_empty() {
-            return Ok((text, None));
+            return Ok((text, num_chars, None));
         }
         let progress = self.stops.push(&text);
-        Ok((progress.text, progress.stopped))
+        Ok((progress.text, num_chars, progress.stopped))
     }
 
     fn finish(&mut self) -> (String, Option<usize>) {
@@ -270,10 +273,10 @@ impl ChannelState {
         for _ in 0..limit {
             let Some(Token { id: token, at }) = self.tokens.pop_front() else { break };
             let is_hidden = self.tokens.is_empty() && std::mem::take(&mut self.is_last_hidden);
-            let mut piece = Piece { token, text: String::new(), logprobs: self.logprobs.pop_front(), at };
+            let mut piece = Piece { token, text: String::new(), num_chars: 0, logprobs: self.logprobs.pop_front(), at };
             match self.text.as_mut().filter(|_| !is_hidden).map(|text| text.push(token)) {
-                Some(Ok((text, stopped))) => {
-                    piece.text = text;
+                Some(Ok((text, num_chars, stopped))) => {
+                    (piece.text, piece.num_chars) = (text, num_chars);
                     self.delta.end = stopped.map(End::StopString).or(self.delta.end.take());
                 }
                 Some(Err(error)) => self.delta.end = Some(End::Error(error.into())),

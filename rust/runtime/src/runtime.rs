@@ -262,7 +262,8 @@ impl Runtime {
     }
 
     /// Makes the checkpoint at `path` known under `name`; its weights are read when a request wants them. With `replace`,
-    /// a taken name gets a new version. `pinned`: load it now and keep it on the device.
+    /// a taken name gets a new version. `pinned`: load it now and keep it on the device. The checkpoint that is returned is the
+    /// new one, also where the name means the old one until the new one is loaded.
     ///
     /// # Errors
     /// A name that cannot be one, a checkpoint that cannot be served exactly, a taken name.

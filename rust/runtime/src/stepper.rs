@@ -259,12 +259,14 @@ impl Stepper {
             page_layers: adapter.page_layers(),
         };
         let id = self.engine.register(name.clone(), spec, replace)?;
-        self.adapters.insert(id, Arc::new(adapter));
+        let adapter = Arc::new(adapter);
+        self.adapters.insert(id, adapter.clone());
         if pinned {
             self.engine.pin(&name)?;
         }
         self.publish_adapters();
-        self.shared.directory.get(&name).ok_or(slora_core::AdapterError::Unknown(name).into())
+        let details = self.shared.directory.get(&name).ok_or(slora_core::AdapterError::Unknown(name))?;
+        Ok(AdapterDetails { checkpoint: Some(adapter), ..details })
     }
 
     pub(crate) fn unload(&mut self, name: &str) -> Result<(), slora_core::AdapterError> {

@@ -167,6 +167,7 @@ fn register(
             app.metrics.count_load_failure(error.code());
         }
     })?;
+    app.log_warnings(&registered);
     if pinned == Some(false) && registered.info.pinned {
         app.runtime.pin(name, false)?;
         return details(app, name);
@@ -231,6 +232,7 @@ fn resource(details: &AdapterDetails) -> Value {
         "sha256": details.checkpoint.as_ref().and_then(|adapter| adapter.sha256()).map(hex),
         "min_rank": report.map(|report| report.min_rank), "max_rank": report.map(|report| report.max_rank),
         "targets": report.map(|report| report.targets()),
+        "warnings": report.map_or(&[][..], |report| &report.warnings),
     })
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
-use slora_runtime::{Runtime, State};
+use slora_runtime::{AdapterDetails, Runtime, State};
 
 use crate::admission::{Admission, Bounds, Tenant};
 use crate::auth::{Auth, Caller};
@@ -151,6 +151,14 @@ impl App {
             return Err(ApiError::model_not_found(&shown(&model)));
         }
         Ok(Target { adapter: adapter.map(Arc::from), model })
+    }
+
+    /// Logs what the operator should know of an adapter that was just registered.
+    pub fn log_warnings(&self, registered: &AdapterDetails) {
+        for warning in registered.checkpoint.iter().flat_map(|checkpoint| &checkpoint.report().warnings) {
+            let fields = json!({"adapter": &*registered.info.name, "code": warning.code, "message": warning.message});
+            self.log.line("adapter_warning", fields);
+        }
     }
 
     /// Refuses unknown fields, or says once that they do nothing.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 use slora_core::SamplingParams;
-use slora_text::{ChatInput, TextModel};
+use slora_text::{ChatInput, TextModel, part_text};
 
 use crate::app::App;
 use crate::completions::no_tokenizer;
@@ -10,7 +10,7 @@ use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
 use crate::inference::{Admitted, Inference, admit, check_text_len, run};
 use crate::log::unix_time_s;
-use crate::reply::{Prompt, Shape};
+use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
 use crate::schema::{Bounds, Field, MODEL, any_of, boolean};
@@ -63,7 +63,7 @@ pub(crate) async fn complete(call: Call) -> Answer {
     let work = move || {
         let mut ids = encode(&app, &text, &input)?;
         cut.truncate(&mut ids, app.runtime.config().max_context);
-        Ok(vec![Prompt { ids, text: String::new() }])
+        Ok(vec![Prompt { ids, echo: Echo::default() }])
     };
     let prompts = call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?;
     run(call, admitted, inference, prompts).await
@@ -107,15 +107,15 @@ pub(crate) fn encode(app: &App, text: &TextModel, input: &ChatInput) -> Result<V
 /// The fields that the chat template sees.
 pub(crate) fn take_input(app: &App, fields: &Fields) -> Result<ChatInput, ApiError> {
     let limits = &app.config.limits;
-    let mut messages: Vec<Map<String, Value>> = fields.require("messages")?;
+    let messages: Vec<Map<String, Value>> = fields.require("messages")?;
     if messages.is_empty() || messages.len() > limits.max_messages {
         let message = format!("messages has {} entries, it must have 1 to {}", messages.len(), limits.max_messages);
         return Err(ApiError::invalid("messages", message));
     }
-    for (index, message) in messages.iter_mut().enumerate() {
+    for (index, message) in messages.iter().enumerate() {
         check_message(index, message)?;
     }
-    let bytes: usize = messages.iter().filter_map(|message| message.get("content")?.as_str()).map(str::len).sum();
+    let bytes: usize = messages.iter().map(content_bytes).sum();
     if bytes > limits.max_message_bytes {
         let message = format!("messages have {bytes} bytes of content, the limit is {}", limits.max_message_bytes);
         return Err(ApiError::invalid("messages", message));
@@ -143,8 +143,8 @@ pub(crate) fn take_template(fields: &Fields) -> Result<ChatInput, ApiError> {
     })
 }
 
-/// A role, and content that is text: parts are joined by line breaks, as most templates know strings only.
-fn check_message(index: usize, message: &mut Map<String, Value>) -> Result<(), ApiError> {
+/// A role, and content that is text or a list. What is in a list is looked at when it is rendered.
+fn check_message(index: usize, message: &Map<String, Value>) -> Result<(), ApiError> {
     let invalid = |what: &str| Err(ApiError::invalid("messages", format!("messages[{index}] {what}")));
     if message.get("role").and_then(Value::as_str).is_none_or(str::is_empty) {
         return invalid("has no role");
@@ -157,26 +157,15 @@ fn check_message(index: usize, message: &mut Map<String, Value>) -> Result<(), A
         ));
     }
     match message.get("content") {
-        Some(Value::String(_)) => Ok(()),
-        Some(Value::Array(parts)) => {
-            let texts: Option<Vec<&str>> = parts.iter().map(part_text).collect();
-            let Some(texts) = texts else {
-                let message = format!("messages[{index}] has a part that is not text, which is not supported");
-                return Err(ApiError::unsupported("messages", message));
-            };
-            let joined = texts.join("\n");
-            message.insert("content".into(), Value::String(joined));
-            Ok(())
-        }
+        Some(Value::String(_) | Value::Array(_)) => Ok(()),
         _ => invalid("has no content, a string or a list of text parts"),
     }
 }
 
-fn part_text(part: &Value) -> Option<&str> {
-    match part {
-        Value::String(text) => Some(text),
-        Value::Object(part) if part.get("type").is_some_and(|kind| kind == "text") => part.get("text")?.as_str(),
-        _ => None,
+fn content_bytes(message: &Map<String, Value>) -> usize {
+    match message.get("content") {
+        Some(Value::Array(parts)) => parts.iter().filter_map(part_text).map(str::len).sum(),
+        content => content.and_then(Value::as_str).map_or(0, str::len),
     }
 }
 

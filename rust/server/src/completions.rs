@@ -3,10 +3,10 @@
 use serde_json::value::RawValue;
 use slora_text::TextModel;
 
-use crate::errors::ApiError;
+use crate::errors::{ApiError, text_error};
 use crate::fields::{Fields, Whole, type_error, values};
 use crate::inference::{Admitted, Inference, admit, check_text_len, run};
-use crate::reply::{Prompt, Shape};
+use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
 use crate::schema::{Field, MODEL, any_of, boolean, list, text, token_id};
@@ -70,8 +70,8 @@ pub(crate) async fn complete(call: Call) -> Answer {
         let prompt = |given| {
             let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
             cut.truncate(&mut ids, max_context);
-            let text = if echo { echoed(text.as_deref(), &ids)? } else { String::new() };
-            Ok(Prompt { ids, text })
+            let echo = if echo { Echo::new(text.as_ref(), &ids) } else { Ok(Echo::default()) };
+            Ok(Prompt { ids, echo: echo.map_err(|error| text_error(&error))? })
         };
         given.into_iter().map(prompt).collect::<Result<Vec<Prompt>, ApiError>>()
     };
@@ -152,15 +152,10 @@ fn ids(text: Option<&TextModel>, given: Given, add_special_tokens: bool) -> Resu
     match (given, text) {
         (Given::Ids(ids), _) => Ok(ids),
         (Given::Text(prompt), Some(model)) => {
-            model.encode(&prompt, add_special_tokens).map_err(|error| crate::errors::text_error(&error))
+            model.encode(&prompt, add_special_tokens).map_err(|error| text_error(&error))
         }
         (Given::Text(_), None) => Err(no_tokenizer()),
     }
-}
-
-fn echoed(text: Option<&TextModel>, ids: &[u32]) -> Result<String, ApiError> {
-    let Some(model) = text else { return Ok(String::new()) };
-    model.decode(ids, true).map_err(|error| crate::errors::text_error(&error))
 }
 
 /// The model folder has no tokenizer.

@@ -156,6 +156,7 @@ pub(crate) fn text_error(error: &TextError) -> ApiError {
         }
         TextError::Tokenizer(_) => ApiError::new(StatusCode::BAD_REQUEST, "invalid_value", message),
         TextError::File { .. } => ApiError::internal(message),
+        TextError::Part { .. } => ApiError::unsupported("messages", message),
         _ => ApiError::invalid("messages", message),
     }
 }

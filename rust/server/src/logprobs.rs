@@ -7,8 +7,14 @@ use slora_text::TextModel;
 /// What stands for minus infinity, which JSON does not have.
 const LEAST: f32 = -9999.0;
 
-/// One position: its token, and what is known of it (nothing, for the first one).
-pub(crate) type Position<'a> = (u32, Option<&'a TokenLogprobs>);
+/// One position of a text.
+pub(crate) struct Position<'a> {
+    pub token: u32,
+    /// Characters that it adds to the text: none where the text leaves it out.
+    pub num_chars: usize,
+    /// What is known of it: nothing, for the first one.
+    pub found: Option<&'a TokenLogprobs>,
+}
 
 /// A token as text; a model without a tokenizer shows its number.
 fn shown(text: Option<&TextModel>, token: u32) -> String {
@@ -23,13 +29,20 @@ fn finite(logprob: f32) -> f32 {
 }
 
 /// OpenAI's completions: parallel lists, and a map of the best tokens with the chosen one among them.
-/// `offset`: characters before the first token; it moves on.
-pub(crate) fn completion(text: Option<&TextModel>, positions: &[Position], top: u32, offset: &mut usize) -> Value {
+/// `offset`: characters before the first token; it moves on. `text_len`: characters of the text, if it is known: the tokens of
+/// a stop string that was cut off lie at its end.
+pub(crate) fn completion(
+    text: Option<&TextModel>,
+    positions: &[Position],
+    top: u32,
+    offset: &mut usize,
+    text_len: Option<usize>,
+) -> Value {
     let (mut tokens, mut chosen, mut best, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (token, found) in positions {
+    for Position { token, num_chars, found } in positions {
         let name = shown(text, *token);
-        offsets.push(*offset);
-        *offset += name.chars().count();
+        offsets.push(text_len.map_or(*offset, |len| len.min(*offset)));
+        *offset += num_chars;
         chosen.push(found.map(|found| finite(found.logprob)));
         best.push(match found {
             Some(found) if top > 0 => best_map(text, &name, found),
@@ -57,9 +70,9 @@ pub(crate) fn chat(text: Option<&TextModel>, positions: &[Position], top: u32) -
         let name = shown(text, token);
         json!({"token": name, "logprob": finite(logprob), "bytes": name.as_bytes()})
     };
-    let content = positions.iter().filter_map(|(token, found)| {
-        let found = found.as_ref()?;
-        let mut line = entry(*token, found.logprob);
+    let content = positions.iter().filter_map(|position| {
+        let found = position.found?;
+        let mut line = entry(position.token, found.logprob);
         let best = found.best.iter().take(top as usize).map(|(token, logprob)| entry(*token, *logprob));
         line["top_logprobs"] = best.collect();
         Some(line)

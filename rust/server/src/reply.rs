@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use slora_runtime::{Delta, End, Piece, TokenLogprobs};
-use slora_text::TextModel;
+use slora_text::{Detokenizer, TextError, TextModel};
 
 use crate::logprobs::{self, Position};
 use crate::sampling::Streaming;
@@ -20,8 +20,36 @@ pub(crate) enum Shape {
 /// A prompt as the answer may show it.
 pub(crate) struct Prompt {
     pub ids: Vec<u32>,
-    /// The text, if the prompt is to be echoed.
-    pub text: String,
+    /// Empty, unless the prompt is to be echoed.
+    pub echo: Echo,
+}
+
+/// A prompt's text, special tokens left out.
+#[derive(Default)]
+pub(crate) struct Echo {
+    text: String,
+    /// Characters that each token adds to it.
+    num_chars: Vec<usize>,
+}
+
+impl Echo {
+    /// `model`: without one no token has text.
+    pub fn new(model: Option<&Arc<TextModel>>, ids: &[u32]) -> Result<Self, TextError> {
+        let Some(model) = model else { return Ok(Self { text: String::new(), num_chars: vec![0; ids.len()] }) };
+        let mut detokenizer = Detokenizer::new(model, true);
+        let mut echo = Self::default();
+        for id in ids {
+            let text = detokenizer.push(*id)?;
+            echo.num_chars.push(text.chars().count());
+            echo.text.push_str(&text);
+        }
+        let rest = detokenizer.finish();
+        if let Some(last) = echo.num_chars.last_mut() {
+            *last += rest.chars().count();
+        }
+        echo.text.push_str(&rest);
+        Ok(echo)
+    }
 }
 
 /// What all parts of an answer share.
@@ -48,6 +76,8 @@ pub(crate) struct Reply {
 pub(crate) struct Collected {
     pub text: String,
     pub tokens: Vec<u32>,
+    /// Characters that each token adds to the text.
+    pub num_chars: Vec<usize>,
     pub logprobs: Vec<TokenLogprobs>,
     pub prompt_logprobs: Vec<TokenLogprobs>,
     pub end: Option<End>,
@@ -58,12 +88,26 @@ impl Collected {
         for piece in delta.pieces {
             self.text.push_str(&piece.text);
             self.tokens.push(piece.token);
+            self.num_chars.push(piece.num_chars);
             self.logprobs.extend(piece.logprobs);
         }
         self.text.push_str(&delta.tail);
         self.prompt_logprobs.extend(delta.prompt_logprobs);
         self.end = delta.end;
     }
+
+    fn positions(&self) -> impl Iterator<Item = Position<'_>> {
+        positions(&self.tokens, &self.num_chars, self.logprobs.iter().map(Some))
+    }
+}
+
+fn positions<'a>(
+    tokens: &[u32],
+    num_chars: &[usize],
+    found: impl Iterator<Item = Option<&'a TokenLogprobs>>,
+) -> impl Iterator<Item = Position<'a>> {
+    let tokens = tokens.iter().zip(num_chars).zip(found);
+    tokens.map(|((token, num_chars), found)| Position { token: *token, num_chars: *num_chars, found })
 }
 
 /// Why a choice ended, as clients read it, and what stopped it.
@@ -129,23 +173,25 @@ impl Reply {
 
     fn choice(&self, index: usize, choice: &Collected, stops: &[String]) -> Value {
         let (reason, stopped_by) = finish(choice.end.as_ref(), stops);
-        let positions: Vec<Position> = choice.tokens.iter().copied().zip(choice.logprobs.iter().map(Some)).collect();
         let mut value = json!({"index": index, "finish_reason": reason, "stop_reason": stopped_by});
         match self.shape {
             Shape::Chat => {
                 value["message"] = json!({"role": "assistant", "content": choice.text, "refusal": null});
-                value["logprobs"] =
-                    self.logprobs.map_or(Value::Null, |top| logprobs::chat(self.text.as_deref(), &positions, top));
+                value["logprobs"] = self.logprobs.map_or(Value::Null, |top| {
+                    let positions: Vec<Position> = choice.positions().collect();
+                    logprobs::chat(self.text.as_deref(), &positions, top)
+                });
             }
             Shape::Completion => {
                 let prompt = self.prompt(index);
-                let echoed = if self.echo { prompt.text.as_str() } else { "" };
-                value["text"] = json!(format!("{echoed}{}", choice.text));
+                let text = format!("{}{}", prompt.echo.text, choice.text);
                 value["logprobs"] = self.logprobs.map_or(Value::Null, |top| {
                     let mut all = if self.echo { self.prompt_positions(index, choice) } else { Vec::new() };
-                    all.extend(positions);
-                    logprobs::completion(self.text.as_deref(), &all, top, &mut 0)
+                    all.extend(choice.positions());
+                    let text_len = Some(text.chars().count());
+                    logprobs::completion(self.text.as_deref(), &all, top, &mut 0, text_len)
                 });
+                value["text"] = json!(text);
                 if self.prompt_logprobs {
                     value["prompt_logprobs"] = self.prompt_map(index, choice);
                 }
@@ -161,8 +207,9 @@ impl Reply {
     }
 
     fn prompt_positions<'a>(&self, index: usize, choice: &'a Collected) -> Vec<Position<'a>> {
+        let Prompt { ids, echo } = self.prompt(index);
         let found = std::iter::once(None).chain(choice.prompt_logprobs.iter().map(Some));
-        self.prompt(index).ids.iter().copied().zip(found).collect()
+        positions(ids, &echo.num_chars, found).collect()
     }
 
     /// How every event begins.
@@ -226,10 +273,11 @@ impl Reply {
 
     /// Log-probabilities of one generated token, for an event. `offset`: characters of the choice so far.
     pub fn piece_logprobs(&self, piece: &Piece, offset: &mut usize) -> Option<Value> {
-        let positions = [(piece.token, piece.logprobs.as_ref())];
+        let (token, num_chars) = (piece.token, piece.num_chars);
+        let positions = [Position { token, num_chars, found: piece.logprobs.as_ref() }];
         self.logprobs.map(|top| match self.shape {
             Shape::Chat => logprobs::chat(self.text.as_deref(), &positions, top),
-            Shape::Completion => logprobs::completion(self.text.as_deref(), &positions, top, offset),
+            Shape::Completion => logprobs::completion(self.text.as_deref(), &positions, top, offset, None),
         })
     }
 
@@ -237,8 +285,9 @@ impl Reply {
     pub fn echo(&self, index: usize, found: Vec<TokenLogprobs>, offset: &mut usize) -> (&str, Option<Value>) {
         let choice = Collected { prompt_logprobs: found, ..Collected::default() };
         let positions = self.prompt_positions(index, &choice);
-        let logprobs = self.logprobs.map(|top| logprobs::completion(self.text.as_deref(), &positions, top, offset));
-        (&self.prompt(index).text, logprobs)
+        let text = self.text.as_deref();
+        let logprobs = self.logprobs.map(|top| logprobs::completion(text, &positions, top, offset, None));
+        (&self.prompt(index).echo.text, logprobs)
     }
 }
 

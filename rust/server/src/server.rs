@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use axum::Router;
 use serde_json::json;
 use slora_core::QueueOrder;
-use slora_runtime::{Runtime, State};
+use slora_runtime::{RegisterError, Runtime, State};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -250,7 +250,8 @@ fn absolute(path: &Path) -> PathBuf {
 fn register(app: &App) -> Result<(), ServeError> {
     for flag in &app.config.adapters {
         let registered = app.runtime.register(&flag.name, &absolute(&flag.path), false, flag.pinned);
-        registered.map_err(|error| ServeError::Adapter { name: flag.name.clone(), reason: error.to_string() })?;
+        let refused = |error: RegisterError| ServeError::Adapter { name: flag.name.clone(), reason: error.to_string() };
+        app.log_warnings(&registered.map_err(refused)?);
     }
     Ok(())
 }

@@ -97,7 +97,10 @@ impl Watch {
         };
         let is_registered = was_registered || result.is_ok();
         match result {
-            Ok(details) => app.log.line("adapter_found", json!({"adapter": name, "version": details.info.version})),
+            Ok(details) => {
+                app.log.line("adapter_found", json!({"adapter": name, "version": details.info.version}));
+                app.log_warnings(&details);
+            }
             Err(error) => app.log.line("adapter_refused", json!({"adapter": name, "error": error})),
         }
         self.known.insert(name.to_owned(), Known { stamp, is_registered });

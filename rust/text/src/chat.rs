@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use crate::content::ListRoles;
 use crate::error::TextError;
 use crate::files::read;
 use crate::jinja::{self, Clock, Fault, Program};
@@ -45,12 +46,37 @@ struct Source {
     text: String,
     /// Parsed once; a template that cannot be parsed says so whenever it is used.
     program: Result<Program, TextError>,
+    list_roles: ListRoles,
 }
 
 impl Source {
     fn new(text: String) -> Self {
         let program = jinja::parse(&text).map_err(error);
-        Self { text, program }
+        Self { text, program, list_roles: ListRoles::default() }
+    }
+
+    /// Renders messages that are as the template wants them.
+    fn render(
+        &self,
+        special_tokens: &[(&str, &str)],
+        messages: &Value,
+        input: &ChatInput,
+    ) -> Result<String, TextError> {
+        let program = self.program.as_ref().map_err(Clone::clone)?;
+        let mut variables: Vec<(Arc<str>, jinja::Value)> = Vec::new();
+        for (name, token) in special_tokens {
+            variables.push((Arc::from(*name), (*token).into()));
+        }
+        for (name, value) in &input.kwargs {
+            variables.push((Arc::from(name.as_str()), convert(value)?));
+        }
+        let null = Value::Null;
+        variables.push((Arc::from("messages"), convert(messages)?));
+        variables.push((Arc::from("tools"), convert(input.tools.as_ref().unwrap_or(&null))?));
+        variables.push((Arc::from("documents"), convert(input.documents.as_ref().unwrap_or(&null))?));
+        variables.push((Arc::from("add_generation_prompt"), jinja::Value::Bool(input.add_generation_prompt)));
+        let clock = Clock { unix_s: input.now_unix_s, utc_offset_s: input.utc_offset_s };
+        jinja::render(program, variables, clock).map_err(error)
     }
 }
 
@@ -108,7 +134,8 @@ impl ChatTemplate {
         self.tool_use.as_ref().filter(|_| has_tools).or(self.default.as_ref())
     }
 
-    /// Renders the messages; `special_tokens` are variables such as `bos_token`.
+    /// Renders the messages; `special_tokens` are variables such as `bos_token`. Content that is a list of texts is text for a
+    /// template that does not read such lists.
     ///
     /// Work, memory, output (4 MiB) and depth are bounded, whatever the template and the messages.
     ///
@@ -121,25 +148,13 @@ impl ChatTemplate {
         input: &ChatInput,
     ) -> Result<String, TextError> {
         let source = self.select(input.tools.is_some()).ok_or(TextError::NoChatTemplate)?;
-        let program = source.program.as_ref().map_err(Clone::clone)?;
         check(input)?;
+        let special_tokens: Vec<_> = special_tokens.into_iter().collect();
         let mut messages = aliased(&input.messages);
+        let probe = |messages: &Value| source.render(&special_tokens, messages, &ChatInput::default()).ok();
+        source.list_roles.adapt(&mut messages, probe);
         let last = if input.continue_final_message { Some(mark_last(&mut messages, &source.text)?) } else { None };
-
-        let mut variables: Vec<(Arc<str>, jinja::Value)> = Vec::new();
-        for (name, token) in special_tokens {
-            variables.push((Arc::from(name), token.into()));
-        }
-        for (name, value) in &input.kwargs {
-            variables.push((Arc::from(name.as_str()), convert(value)?));
-        }
-        let null = Value::Null;
-        variables.push((Arc::from("messages"), convert(&messages)?));
-        variables.push((Arc::from("tools"), convert(input.tools.as_ref().unwrap_or(&null))?));
-        variables.push((Arc::from("documents"), convert(input.documents.as_ref().unwrap_or(&null))?));
-        variables.push((Arc::from("add_generation_prompt"), jinja::Value::Bool(input.add_generation_prompt)));
-        let clock = Clock { unix_s: input.now_unix_s, utc_offset_s: input.utc_offset_s };
-        let rendered = jinja::render(program, variables, clock).map_err(error)?;
+        let rendered = source.render(&special_tokens, &messages, input)?;
         match last {
             Some(last) => cut_at_mark(rendered, &last),
             None => Ok(rendered),

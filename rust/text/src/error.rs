@@ -37,6 +37,12 @@ pub enum TextError {
     /// The messages, tools or documents have the wrong shape.
     #[error("{0}")]
     Messages(String),
+    /// Content that is no text, such as an image.
+    #[error("messages[{message}] has a part that is not text, which is not supported")]
+    Part {
+        /// Which message, from zero.
+        message: usize,
+    },
     /// The template itself refused the messages, by `raise_exception`.
     #[error("chat template: {0}")]
     TemplateRaised(String),

@@ -11,6 +11,7 @@
 
 mod byte_level;
 mod chat;
+mod content;
 mod detokenizer;
 mod error;
 mod files;
@@ -19,6 +20,7 @@ mod model;
 mod stop;
 
 pub use chat::{ChatInput, ChatTemplate};
+pub use content::part_text;
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use model::TextModel;

@@ -8,6 +8,7 @@ use tokenizers::Tokenizer;
 
 use crate::byte_level::TokenBytes;
 use crate::chat::{ChatInput, ChatTemplate};
+use crate::content::check_parts;
 use crate::error::TextError;
 use crate::files::{fault, read_object, token_content};
 
@@ -201,8 +202,10 @@ impl TextModel {
     /// Messages → prompt text.
     ///
     /// # Errors
-    /// No template, messages of the wrong shape, or a template that refuses them or goes beyond its limits.
+    /// No template, messages of the wrong shape or with content that is no text, or a template that refuses them or goes
+    /// beyond its limits.
     pub fn render_chat(&self, input: &ChatInput) -> Result<String, TextError> {
+        check_parts(&input.messages)?;
         self.chat_template.as_ref().ok_or(TextError::NoChatTemplate)?.render(self.special_tokens(), input)
     }
 
