@@ -19,7 +19,7 @@ const LETTER_A: u32 = 80;
 /// Letters, and steps that can be told from each other.
 pub const LETTERS: usize = 26;
 const PAGE_BYTES: u64 = 32 << 10;
-const NUM_HOST_PAGES: u32 = 4096;
+const NUM_HOST_PAGES: u32 = 512;
 /// A late step is made up for, up to so much.
 const MAX_LATE: Duration = Duration::from_millis(50);
 
@@ -85,7 +85,8 @@ impl Engine {
             max_rank: u32::MAX,
         };
         let bytes = u64::from(NUM_HOST_PAGES) * PAGE_BYTES;
-        let slab = Box::leak(vec![0u64; bytes as usize / 8].into_boxed_slice());
+        // Not zeros: it is in memory from the start, as a pinned host tier is, and no growth of the server's.
+        let slab = Box::leak(vec![1u64; bytes as usize / 8].into_boxed_slice());
         let Some(address) = NonNull::new(slab.as_mut_ptr().cast::<u8>()) else { panic!("a slab has an address") };
         // SAFETY: the slab lives for ever and nobody else knows it.
         let host = unsafe { HostMemory::new(&[(address, bytes as usize)], PAGE_BYTES as usize) };
