@@ -245,7 +245,8 @@ struct ExpandMemory {
 };
 
 // Of a whole block: for every 64 columns of `begin` .. `end`, `consumer.expect(column)`, and when they are there
-// `consumer.take(column, acc)`, of EXPAND_ROWS rows from `row` on and the `modules` from `first_module` on. More than RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
+// `consumer.take(column, acc)`, of EXPAND_ROWS rows from `row` on and the `modules` from `first_module` on. More than
+// RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
 template <bool IS_LARGE, int modules, typename Consumer>
 __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, const Pool& pool, const Group& group,
                                              const Work& work, const Segment& s, int layer, int first_module, int row,
@@ -333,7 +334,8 @@ __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, cons
 
 template <int modules, typename Consumer>
 __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
-                                            const Segment& s, int layer, int first_module, int row, int begin, int end, Consumer& consumer) {
+                                            const Segment& s, int layer, int first_module, int row, int begin, int end,
+                                            Consumer& consumer) {
   bool is_large = false;
 #pragma unroll
   for (int m = 0; m < modules; m++) is_large |= s.modules[first_module + m].rank > RANK_BLOCK;
@@ -358,6 +360,7 @@ __device__ __forceinline__ void expand_many(ExpandMemory<1>& memory, const Pool&
   int first = threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
   delta += (long long)(s.first_row + item.row + first) * group.out_stride + item.delta_column;
   Store store = {delta, group.out_stride, item.num_rows - first, item.out};
-  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, min(item.out, item.column + item.columns), store);
+  int end = min(item.out, item.column + item.columns);
+  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, end, store);
 }
 #endif
