@@ -142,8 +142,10 @@ class CudaRunner:
             del self._ends[next(iter(self._ends))]
         return CudaPending(done, arrays)
 
-    def warm_up(self) -> None:
-        """Record the graphs of decode steps: other shapes are recorded when they first come."""
+    def warm_up(self, max_tokens: int) -> None:
+        """For sequences of up to `max_tokens`: record the graphs of decode steps, and build what large ones need. Other
+        shapes are recorded when they first come."""
+        self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
         self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
 
     def copies_done(self) -> list[int]:
