@@ -1,0 +1,162 @@
+// A linear layer of few rows in the time that its weights take to be read: y[rows, out] = x[rows, in] W[out, in]ᵀ + bias
+// of up to 16 rows; 16-bit types, fp32 sums; in % 32 = 0, out % 8 = 0 (sm_90 and newer).
+//
+// Rows of x are the 16 rows of mma.sync's first operand, and a unit of 8 features the columns of the second. A block takes
+// units that lie side by side, by groups; its warps share the columns, each takes every WARPS-th piece of PIECE. What it has
+// of a piece of x stays in registers for all units of a group.
+//
+// Weights come by bulk copies into stages of UNIT x PIECE that each warp owns, and asks for in the order of their use across
+// units, pieces and groups: no barrier of the block keeps memory waiting. Nobody writes weights while steps run, so the first
+// stages are filled while the kernel before this one runs.
+//
+// The order of columns within 32 is permuted alike in both operands, so that both are read 16 bytes at a time. The order of
+// sums depends on `in` only: not on other rows, the features of a block, or the device.
+#include "cluster.cuh"
+#include "memory.cuh"
+#include "mma.cuh"
+#include "sync.cuh"
+
+#define ROWS 16
+#define UNIT 8    // features
+#define PIECE 256 // columns
+#define WARPS 4
+#define THREADS (WARPS * 32)
+#define GROUP 8                // units, at most
+#define STEPS (PIECE / 32)     // of 32 columns
+#define STRIDE (PIECE * 2 + 64) // bytes from feature to feature: lanes read from different banks
+#ifndef STAGES
+#define STAGES 5 // of a warp: two blocks fit a multiprocessor, this kernel's and the next one's
+#endif
+
+#if __CUDA_ARCH__ >= 900
+struct Memory {
+  u64 full[WARPS][STAGES];
+  float4 sums[WARPS][GROUP * 32]; // each lane's of each unit, over its warp's columns
+  alignas(16) char stages[WARPS][STAGES][UNIT * STRIDE];
+};
+
+struct Linear {
+  const Element *x, *weights, *bias; // bias may be nullptr
+  Element* y;
+  int rows, in, out;
+};
+
+// Asks for a warp's stages.
+struct Feed {
+  const Element* weights;
+  int in, end;            // of the block's units
+  int group, unit, piece; // the next one; there is none if `group` is `end`
+
+  __device__ __forceinline__ void ask(char* stage, u64* full) {
+    if (group >= end) return;
+    int lane = threadIdx.x % 32, column = piece * PIECE, bytes = min(PIECE, in - column) * 2;
+    __syncwarp(); // all lanes have read what was in the stage
+    if (lane == 0) expect_bytes(full, UNIT * bytes);
+    __syncwarp();
+    if (lane < UNIT) copy_bulk(stage + lane * STRIDE, weights + (long long)(unit * UNIT + lane) * in + column, bytes, full);
+    if (++unit < min(end, group + GROUP)) return;
+    unit = group, piece += WARPS;
+    if (piece * PIECE < in) return;
+    unit = group += GROUP, piece = threadIdx.x / 32;
+  }
+};
+
+// A lane's part of a piece of x: 8 of every 32 columns of rows g and g + 8.
+struct Rows {
+  uint4 low[STEPS], high[STEPS];
+
+  __device__ __forceinline__ void load(const Linear& linear, int piece) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Element* at = linear.x + (long long)g * linear.in + piece * PIECE + t * 8;
+#pragma unroll
+    for (int j = 0; j < STEPS; j++, at += 32) {
+      bool is_inside = piece * PIECE + j * 32 < linear.in;
+      low[j] = load_if(is_inside && g < linear.rows, at);
+      high[j] = load_if(is_inside && g + 8 < linear.rows, at + 8LL * linear.in);
+    }
+  }
+};
+
+// sum[16 rows, 8 features] += x times the first `steps` * 32 columns of a stage.
+__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const char* stage, int steps) {
+  int lane = threadIdx.x % 32;
+  const char* at = stage + lane / 4 * STRIDE + lane % 4 * 16;
+  float even[4] = {sum.x, sum.y, sum.z, sum.w}, odd[4] = {};
+  auto step = [&](int j) {
+    uint4 w = *(const uint4*)(at + j * 64);
+    mma_16(even, x.low[j].x, x.high[j].x, x.low[j].y, x.high[j].y, w.x, w.y);
+    mma_16(odd, x.low[j].z, x.high[j].z, x.low[j].w, x.high[j].w, w.z, w.w);
+  };
+  if (steps >= STEPS) {
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) step(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < STEPS; j++)
+      if (j < steps) step(j);
+  }
+  return make_float4(even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]);
+}
+
+// Add up what the warps have of `count` units from `first` on.
+__device__ __forceinline__ void store_sums(const Memory& memory, const Linear& linear, int first, int count) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count * 32; i += THREADS) {
+    float4 sum = memory.sums[0][i];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) {
+      float4 other = memory.sums[w][i];
+      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    }
+    int row = i % 32 / 4, feature = (first + i / 32) * UNIT + i % 4 * 2;
+    if (linear.bias) {
+      u32 pair = *(const u32*)(linear.bias + feature);
+      float low = unpack_low(pair), high = unpack_high(pair);
+      sum.x += low, sum.y += high, sum.z += low, sum.w += high;
+    }
+    u32* to = (u32*)(linear.y + (long long)row * linear.out + feature);
+    if (row < linear.rows) *to = pack(sum.x, sum.y);
+    if (row + 8 < linear.rows) to[4LL * linear.out] = pack(sum.z, sum.w);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    few_rows(const Element* x_rows, const Element* weights, const Element* bias, Element* y, int rows, int in, int out) {
+  let_next_kernel_start();
+  Linear linear = {x_rows, weights, bias, y, rows, in, out};
+  Memory& memory = *(Memory*)shared_memory;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = out / UNIT;
+  int begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
+  u64* full = memory.full[warp];
+  if (lane < STAGES) init_barrier(full + lane);
+  bool has_columns = warp * PIECE < in;
+  Feed feed = {weights, in, end, has_columns ? begin : end, begin, warp};
+#pragma unroll 1
+  for (int s = 0; s < STAGES; s++) feed.ask(memory.stages[warp][s], full + s);
+  wait_for_previous_kernel();
+
+  Rows x, next;
+  next.load(linear, warp);
+  int stage = 0, parity = 0;
+  for (int group = begin; group < end; group += GROUP) {
+    int count = min(GROUP, end - group);
+#pragma unroll 1
+    for (int unit = 0; unit < count; unit++) memory.sums[warp][unit * 32 + lane] = make_float4(0, 0, 0, 0);
+    for (int piece = warp; piece * PIECE < in; piece += WARPS) {
+      x = next;
+      next.load(linear, (piece + WARPS) * PIECE < in ? piece + WARPS : warp); // the next group's are the same
+#pragma unroll 1
+      for (int unit = 0; unit < count; unit++) {
+        float4& sum = memory.sums[warp][unit * 32 + lane];
+        wait_barrier(full + stage, parity);
+        sum = multiply(sum, x, memory.stages[warp][stage], (in - piece * PIECE) / 32);
+        feed.ask(memory.stages[warp][stage], full + stage);
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+    }
+    __syncthreads();
+    store_sums(memory, linear, group, count);
+    __syncthreads(); // the sums may be written anew
+  }
+}
+#endif
