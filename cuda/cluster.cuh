@@ -13,6 +13,14 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
+// True for one lane of a warp, always the same, and the compiler knows that it is one: what is the same in all lanes anyway,
+// like a copy's addresses, is then computed once for the warp.
+__device__ __forceinline__ bool is_elected() {
+  u32 is_mine;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is_mine));
+  return is_mine;
+}
+
 // A barrier in shared memory: a phase ends when one thread has arrived, and as many bytes as it expects.
 __device__ __forceinline__ void init_barrier(u64* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");

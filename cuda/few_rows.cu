@@ -44,20 +44,23 @@ struct Linear {
 // Asks for a warp's stages.
 struct Feed {
   const Element* weights;
-  int in, end;            // of the block's units
+  int in, end, warp;      // of the block's units
   int group, unit, piece; // the next one; there is none if `group` is `end`
 
   __device__ __forceinline__ void ask(char* stage, u64* full) {
     if (group >= end) return;
-    int lane = threadIdx.x % 32, column = piece * PIECE, bytes = min(PIECE, in - column) * 2;
     __syncwarp(); // all lanes have read what was in the stage
-    if (lane == 0) expect_bytes(full, UNIT * bytes);
-    __syncwarp();
-    if (lane < UNIT) copy_bulk(stage + lane * STRIDE, weights + (long long)(unit * UNIT + lane) * in + column, bytes, full);
+    if (is_elected()) {
+      int column = piece * PIECE, bytes = min(PIECE, in - column) * 2;
+      const Element* from = weights + (long long)(unit * UNIT) * in + column;
+      expect_bytes(full, UNIT * bytes);
+#pragma unroll
+      for (int i = 0; i < UNIT; i++, from += in) copy_bulk(stage + i * STRIDE, from, bytes, full);
+    }
     if (++unit < min(end, group + GROUP)) return;
     unit = group, piece += WARPS;
     if (piece * PIECE < in) return;
-    unit = group += GROUP, piece = threadIdx.x / 32;
+    unit = group += GROUP, piece = warp;
   }
 };
 
@@ -77,25 +80,32 @@ struct Rows {
   }
 };
 
-// sum[16 rows, 8 features] += x times the first `steps` * 32 columns of a stage.
-__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const char* stage, int steps) {
-  int lane = threadIdx.x % 32;
-  const char* at = stage + lane / 4 * STRIDE + lane % 4 * 16;
-  float even[4] = {sum.x, sum.y, sum.z, sum.w}, odd[4] = {};
-  auto step = [&](int j) {
-    uint4 w = *(const uint4*)(at + j * 64);
-    mma_16(even, x.low[j].x, x.high[j].x, x.low[j].y, x.high[j].y, w.x, w.y);
-    mma_16(odd, x.low[j].z, x.high[j].z, x.low[j].w, x.high[j].w, w.z, w.w);
-  };
-  if (steps >= STEPS) {
+// A lane's part of a stage: 8 of every 32 columns of feature g. Of its columns, `columns` are filled.
+struct Weights {
+  uint4 at[STEPS];
+
+  __device__ __forceinline__ void load(const char* stage, int columns) {
+    int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < STEPS; j++) step(j);
-  } else {
+    for (int j = 0; j < STEPS; j++) at[j] = *(const uint4*)(stage + lane / 4 * STRIDE + j * 64 + lane % 4 * 16);
+    if (columns >= PIECE) return;
 #pragma unroll
     for (int j = 0; j < STEPS; j++)
-      if (j < steps) step(j);
+      if (j * 32 >= columns) at[j] = make_uint4(0, 0, 0, 0); // what an earlier use left
   }
-  return make_float4(even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]);
+};
+
+// sum[16 rows, 8 features] += x times weights: four products at a time, since each waits for the one that it adds to.
+__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const Weights& w) {
+  float part[4][4] = {{sum.x, sum.y, sum.z, sum.w}};
+#pragma unroll
+  for (int j = 0; j < STEPS; j++) {
+    mma_16(part[j % 2 * 2], x.low[j].x, x.high[j].x, x.low[j].y, x.high[j].y, w.at[j].x, w.at[j].y);
+    mma_16(part[j % 2 * 2 + 1], x.low[j].z, x.high[j].z, x.low[j].w, x.high[j].w, w.at[j].z, w.at[j].w);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; e++) part[0][e] = part[0][e] + part[1][e] + (part[2][e] + part[3][e]);
+  return make_float4(part[0][0], part[0][1], part[0][2], part[0][3]);
 }
 
 // Add up what the warps have of `count` units from `first` on.
@@ -125,12 +135,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   let_next_kernel_start();
   Linear linear = {x_rows, weights, bias, y, rows, in, out};
   Memory& memory = *(Memory*)shared_memory;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = out / UNIT;
-  int begin = (long long)units * blockIdx.x / gridDim.x, end = (long long)units * (blockIdx.x + 1) / gridDim.x;
+  // What all lanes get from one is known to be the same: addresses of copies are made once for a warp.
+  int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, units = out / UNIT;
+  int begin = units * blockIdx.x / gridDim.x, end = units * (blockIdx.x + 1) / gridDim.x;
   u64* full = memory.full[warp];
   if (lane < STAGES) init_barrier(full + lane);
   bool has_columns = warp * PIECE < in;
-  Feed feed = {weights, in, end, has_columns ? begin : end, begin, warp};
+  Feed feed = {weights, in, end, warp, has_columns ? begin : end, begin, warp};
 #pragma unroll 1
   for (int s = 0; s < STAGES; s++) feed.ask(memory.stages[warp][s], full + s);
   wait_for_previous_kernel();
@@ -147,10 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       next.load(linear, (piece + WARPS) * PIECE < in ? piece + WARPS : warp); // the next group's are the same
 #pragma unroll 1
       for (int unit = 0; unit < count; unit++) {
-        float4& sum = memory.sums[warp][unit * 32 + lane];
+        float4 sum = memory.sums[warp][unit * 32 + lane];
+        Weights w;
         wait_barrier(full + stage, parity);
-        sum = multiply(sum, x, memory.stages[warp][stage], (in - piece * PIECE) / 32);
+        w.load(memory.stages[warp][stage], in - piece * PIECE);
         feed.ask(memory.stages[warp][stage], full + stage);
+        memory.sums[warp][unit * 32 + lane] = multiply(sum, x, w);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }

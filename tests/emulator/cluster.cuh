@@ -2,6 +2,7 @@
 #pragma once
 #include "element.cuh"
 inline int cluster_rank() { return lane_now->block - blocks.data(); }
+inline bool is_elected() { return lane_now->index == 0; }
 inline void init_barrier(u64* barrier) { lane_now->block->barriers[barrier] = {}; }
 inline void complete(Barrier& barrier) {
   if (barrier.has_arrived && barrier.bytes == 0) barrier.phase++, barrier.has_arrived = false, progress++;
