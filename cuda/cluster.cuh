@@ -4,7 +4,14 @@
 #include "async_copy.cuh"
 #include "element.cuh"
 
-extern __shared__ __align__(128) char shared_memory[];
+extern __shared__ __align__(1024) char shared_memory[];
+
+// What tiles are copied from: a matrix of 16-bit numbers as [rows][lines][LINE], made by the host (kernels/tile_map.py).
+struct alignas(64) TileMap {
+  u64 words[16];
+};
+#define LINE 64 // columns
+#define SWIZZLE_BYTES 1024
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {
@@ -57,6 +64,17 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+
+// A tile from `row` and `line` on; behind the matrix's end, zeros. 16 bytes i of line n of the tile come to i ^ n % 8 of it.
+// `to` lies on SWIZZLE_BYTES; all bytes of the tile count towards the barrier's phase. The map's tiles have this size.
+template <int rows, int lines>
+__device__ __forceinline__ void copy_tile(u16* to, const TileMap& map, int row, int line, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(0), "r"(line), "r"(row), "r"(shared_address(barrier))
+      : "memory");
 }
 
 // All threads of the cluster have come to the first before any leaves the second. Nothing but init_barrier is ordered by it.

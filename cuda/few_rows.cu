@@ -1,5 +1,5 @@
 // A linear layer of few rows in the time that its weights take to be read: y[rows, out] = x[rows, in] W[out, in]ᵀ + bias
-// of up to 16 rows; 16-bit types, fp32 sums; in % 32 = 0, out % 8 = 0 (sm_90 and newer).
+// of up to 16 rows; 16-bit types, fp32 sums; in % 64 = 0, out % 8 = 0 (sm_90 and newer).
 //
 // Rows of x are the 16 rows of mma.sync's first operand, and a unit of 8 features the columns of the second. A block takes
 // units that lie side by side, by groups; its warps share the columns, each takes every WARPS-th piece of PIECE. What it has
@@ -9,53 +9,51 @@
 // units, pieces and groups: no barrier of the block keeps memory waiting. Nobody writes weights while steps run, so the first
 // stages are filled while the kernel before this one runs.
 //
-// The order of columns within 32 is permuted alike in both operands, so that both are read 16 bytes at a time. The order of
-// sums depends on `in` only: not on other rows, the features of a block, or the device.
+// The order of columns is permuted alike in both operands, so that both are read 16 bytes at a time. The order of sums
+// depends on `in` only: not on other rows, the features of a block, or the device.
 #include "cluster.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
 #include "sync.cuh"
 
 #define ROWS 16
-#define UNIT 8    // features
-#define PIECE 256 // columns
-#define WARPS 4
+#define UNIT 8             // features
+#define PIECE (4 * LINE)   // columns
+#define STEPS (PIECE / 32) // of 32 columns
+#ifndef WARPS
+#define WARPS 8
+#endif
 #define THREADS (WARPS * 32)
-#define GROUP 8                // units, at most
-#define STEPS (PIECE / 32)     // of 32 columns
-#define STRIDE (PIECE * 2 + 64) // bytes from feature to feature: lanes read from different banks
+#define GROUP (32 / WARPS) // units, at most
 #ifndef STAGES
-#define STAGES 5 // of a warp: two blocks fit a multiprocessor, this kernel's and the next one's
+#define STAGES 3 // of a warp: two blocks fit a multiprocessor, this kernel's and the next one's
 #endif
 
 #if __CUDA_ARCH__ >= 900
 struct Memory {
-  u64 full[WARPS][STAGES];
+  alignas(SWIZZLE_BYTES) u16 stages[WARPS][STAGES][UNIT * PIECE];
   float4 sums[WARPS][GROUP * 32]; // each lane's of each unit, over its warp's columns
-  alignas(16) char stages[WARPS][STAGES][UNIT * STRIDE];
+  u64 full[WARPS][STAGES];
 };
 
 struct Linear {
-  const Element *x, *weights, *bias; // bias may be nullptr
+  const Element *x, *bias; // bias may be nullptr
   Element* y;
   int rows, in, out;
 };
 
 // Asks for a warp's stages.
 struct Feed {
-  const Element* weights;
+  const TileMap& weights;
   int in, end, warp;      // of the block's units
   int group, unit, piece; // the next one; there is none if `group` is `end`
 
-  __device__ __forceinline__ void ask(char* stage, u64* full) {
+  __device__ __forceinline__ void ask(u16* stage, u64* full) {
     if (group >= end) return;
     __syncwarp(); // all lanes have read what was in the stage
     if (is_elected()) {
-      int column = piece * PIECE, bytes = min(PIECE, in - column) * 2;
-      const Element* from = weights + (long long)(unit * UNIT) * in + column;
-      expect_bytes(full, UNIT * bytes);
-#pragma unroll
-      for (int i = 0; i < UNIT; i++, from += in) copy_bulk(stage + i * STRIDE, from, bytes, full);
+      expect_bytes(full, UNIT * PIECE * 2);
+      copy_tile<UNIT, PIECE / LINE>(stage, weights, unit * UNIT, piece * (PIECE / LINE), full);
     }
     if (++unit < min(end, group + GROUP)) return;
     unit = group, piece += WARPS;
@@ -64,44 +62,45 @@ struct Feed {
   }
 };
 
-// A lane's part of a piece of x: 8 of every 32 columns of rows g and g + 8.
+// A lane's part of a piece of x, as operands: 8 of every 32 columns of rows g and g + 8, zeros behind the end. Which 8 is the
+// lane's that reads the same of a stage: see `multiply`.
 struct Rows {
-  uint4 low[STEPS], high[STEPS];
+  u32 at[STEPS * 2][4];
 
+  // Zeros by masks: what is computed is put where the product wants it, what is loaded would be moved there for each unit.
   __device__ __forceinline__ void load(const Linear& linear, int piece) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const Element* at = linear.x + (long long)g * linear.in + piece * PIECE + t * 8;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = piece * PIECE;
+    const Element* row = linear.x + (long long)min(g, linear.rows - 1) * linear.in + first;
+    long long from_low_to_high = (long long)(min(g + 8, linear.rows - 1) - min(g, linear.rows - 1)) * linear.in;
 #pragma unroll
-    for (int j = 0; j < STEPS; j++, at += 32) {
-      bool is_inside = piece * PIECE + j * 32 < linear.in;
-      low[j] = load_if(is_inside && g < linear.rows, at);
-      high[j] = load_if(is_inside && g + 8 < linear.rows, at + 8LL * linear.in);
+    for (int j = 0; j < STEPS; j++) {
+      int column = j * 32 + (t ^ j / 2) * 8;
+      bool is_inside = first + j * 32 < linear.in;
+      uint4 low = load_if(is_inside, row + column), high = load_if(is_inside, row + from_low_to_high + column);
+      u32 low_mask = g < linear.rows ? ~0u : 0, high_mask = g + 8 < linear.rows ? ~0u : 0;
+      u32* to = at[j * 2];
+      to[0] = low.x & low_mask, to[1] = high.x & high_mask, to[2] = low.y & low_mask, to[3] = high.y & high_mask;
+      to[4] = low.z & low_mask, to[5] = high.z & high_mask, to[6] = low.w & low_mask, to[7] = high.w & high_mask;
     }
   }
 };
 
-// A lane's part of a stage: 8 of every 32 columns of feature g. Of its columns, `columns` are filled.
-struct Weights {
-  uint4 at[STEPS];
-
-  __device__ __forceinline__ void load(const char* stage, int columns) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) at[j] = *(const uint4*)(stage + lane / 4 * STRIDE + j * 64 + lane % 4 * 16);
-    if (columns >= PIECE) return;
-#pragma unroll
-    for (int j = 0; j < STEPS; j++)
-      if (j * 32 >= columns) at[j] = make_uint4(0, 0, 0, 0); // what an earlier use left
-  }
-};
-
-// sum[16 rows, 8 features] += x times weights: four products at a time, since each waits for the one that it adds to.
-__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const Weights& w) {
+// sum[16 rows, 8 features] += x times a stage: four products at a time, since each waits for the one that it adds to.
+//
+// A stage is [8 features][4 lines of 64 columns], whose 16 bytes i of line n are at i ^ n % 8 of it. So in step j, of line
+// j / 2, lane 4g + t finds 16 bytes of feature g at place t ^ j / 2 of a half line, if it reads from place t: all features
+// the same columns, and 8 lanes from all banks.
+__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const u16* stage) {
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const char* even = (const char*)stage + g * PIECE * 2 + g % 2 * 64 + t * 16;
+  const char* odd = (const char*)stage + g * PIECE * 2 + (1 - g % 2) * 64 + t * 16;
   float part[4][4] = {{sum.x, sum.y, sum.z, sum.w}};
 #pragma unroll
   for (int j = 0; j < STEPS; j++) {
-    mma_16(part[j % 2 * 2], x.low[j].x, x.high[j].x, x.low[j].y, x.high[j].y, w.at[j].x, w.at[j].y);
-    mma_16(part[j % 2 * 2 + 1], x.low[j].z, x.high[j].z, x.low[j].w, x.high[j].w, w.at[j].z, w.at[j].w);
+    uint4 w = *(const uint4*)((j % 2 ? odd : even) + j / 2 * LINE * 2);
+    const u32 *a = x.at[j * 2], *b = x.at[j * 2 + 1];
+    mma_16(part[j % 2 * 2], a[0], a[1], a[2], a[3], w.x, w.y);
+    mma_16(part[j % 2 * 2 + 1], b[0], b[1], b[2], b[3], w.z, w.w);
   }
 #pragma unroll
   for (int e = 0; e < 4; e++) part[0][e] = part[0][e] + part[1][e] + (part[2][e] + part[3][e]);
@@ -130,12 +129,13 @@ __device__ __forceinline__ void store_sums(const Memory& memory, const Linear& l
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    few_rows(const Element* x_rows, const Element* weights, const Element* bias, Element* y, int rows, int in, int out) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    few_rows(const __grid_constant__ TileMap weights, const Element* x_rows, const Element* bias, Element* y, int rows, int in,
+             int out) {
   let_next_kernel_start();
-  Linear linear = {x_rows, weights, bias, y, rows, in, out};
+  Linear linear = {x_rows, bias, y, rows, in, out};
   Memory& memory = *(Memory*)shared_memory;
-  // What all lanes get from one is known to be the same: addresses of copies are made once for a warp.
+  // The compiler knows that all lanes get the same from one: what copies need is computed once for a warp.
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, units = out / UNIT;
   int begin = units * blockIdx.x / gridDim.x, end = units * (blockIdx.x + 1) / gridDim.x;
   u64* full = memory.full[warp];
@@ -146,24 +146,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int s = 0; s < STAGES; s++) feed.ask(memory.stages[warp][s], full + s);
   wait_for_previous_kernel();
 
-  Rows x, next;
-  next.load(linear, warp);
   int stage = 0, parity = 0;
   for (int group = begin; group < end; group += GROUP) {
     int count = min(GROUP, end - group);
 #pragma unroll 1
     for (int unit = 0; unit < count; unit++) memory.sums[warp][unit * 32 + lane] = make_float4(0, 0, 0, 0);
     for (int piece = warp; piece * PIECE < in; piece += WARPS) {
-      x = next;
-      next.load(linear, (piece + WARPS) * PIECE < in ? piece + WARPS : warp); // the next group's are the same
+      Rows x;
+      x.load(linear, piece);
 #pragma unroll 1
       for (int unit = 0; unit < count; unit++) {
-        float4 sum = memory.sums[warp][unit * 32 + lane];
-        Weights w;
+        float4& sum = memory.sums[warp][unit * 32 + lane];
         wait_barrier(full + stage, parity);
-        w.load(memory.stages[warp][stage], in - piece * PIECE);
+        sum = multiply(sum, x, memory.stages[warp][stage]);
         feed.ask(memory.stages[warp][stage], full + stage);
-        memory.sums[warp][unit * 32 + lane] = multiply(sum, x, w);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from slora.kernels import nvrtc
 from slora.kernels.nvrtc import Kernel
+from slora.kernels.tile_map import LINE, tile_map
 
 MAX_ROWS = 16
 MAX_WEIGHT_BYTES = 1 << 40
 """Larger weights are left to cuBLAS."""
-STAGES = 5
-"""Of a warp. With 5, two blocks fit a multiprocessor: those of the next linear begin while the last ones end."""
-_UNIT, _THREADS = 8, 128
-_SUMS_BYTES, _STAGE_BYTES = 16384, 4 * (8 * 576 + 8)
-"""Of shared memory; a stage of each warp."""
+STAGES = 3
+"""Of a warp. With 3, two blocks fit a multiprocessor: those of the next linear begin while the last ones end."""
+_UNIT, _LINES, _WARPS = 8, 4, 8
+_SUMS_BYTES, _STAGE_BYTES = 16384, _WARPS * (_UNIT * _LINES * LINE * 2 + 8)
+"""Of shared memory; a stage of each warp with its barrier."""
 _DTYPE_MACRO = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -25,7 +26,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         0 < rows <= MAX_ROWS
         and x.dtype in _DTYPE_MACRO
-        and in_size % 32 == 0
+        and in_size % LINE == 0
         and weight.shape[0] % _UNIT == 0
         and weight.nbytes <= MAX_WEIGHT_BYTES
         and x.is_contiguous()
@@ -42,8 +43,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, programmati
     (rows, in_size), out_size = x.shape, weight.shape[0]
     out = x.new_empty(rows, out_size)
     kernel, num_blocks = _kernel(x.dtype, x.device)
-    blocks, args = min(num_blocks, out_size // _UNIT), (x, weight, bias, out, rows, in_size, out_size)
-    kernel(blocks, _THREADS, args, shared_bytes(STAGES), programmatic=programmatic)
+    blocks = min(num_blocks, out_size // _UNIT)
+    args = (tile_map(weight, _UNIT, _LINES), x, bias, out, rows, in_size, out_size)
+    kernel(blocks, _WARPS * 32, args, shared_bytes(STAGES), programmatic=programmatic)
     return out
 
 
