@@ -62,25 +62,24 @@ struct Feed {
   }
 };
 
-// A lane's part of a piece of x, as operands: 8 of every 32 columns of rows g and g + 8, zeros behind the end. Which 8 is the
-// lane's that reads the same of a stage: see `multiply`.
+// A lane's part of a piece of x, as operands: 8 of every 32 columns of rows g and g + 8, zeros behind the last column. Which 8
+// is the lane's that reads the same of a stage: see `multiply`. In place of a row that is not there is the last one.
 struct Rows {
-  u32 at[STEPS * 2][4];
+  u32 at[STEPS][8];
 
-  // Zeros by masks: what is computed is put where the product wants it, what is loaded would be moved there for each unit.
+  // By masks: what is computed is put where the product wants it, what is only loaded would be moved there for each unit.
   __device__ __forceinline__ void load(const Linear& linear, int piece) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = piece * PIECE;
-    const Element* row = linear.x + (long long)min(g, linear.rows - 1) * linear.in + first;
-    long long from_low_to_high = (long long)(min(g + 8, linear.rows - 1) - min(g, linear.rows - 1)) * linear.in;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Element* low_row = linear.x + (long long)min(g, linear.rows - 1) * linear.in;
+    const Element* high_row = linear.x + (long long)min(g + 8, linear.rows - 1) * linear.in;
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
-      int column = j * 32 + (t ^ j / 2) * 8;
-      bool is_inside = first + j * 32 < linear.in;
-      uint4 low = load_if(is_inside, row + column), high = load_if(is_inside, row + from_low_to_high + column);
-      u32 low_mask = g < linear.rows ? ~0u : 0, high_mask = g + 8 < linear.rows ? ~0u : 0;
-      u32* to = at[j * 2];
-      to[0] = low.x & low_mask, to[1] = high.x & high_mask, to[2] = low.y & low_mask, to[3] = high.y & high_mask;
-      to[4] = low.z & low_mask, to[5] = high.z & high_mask, to[6] = low.w & low_mask, to[7] = high.w & high_mask;
+      int column = piece * PIECE + j * 32;
+      u32 mask = column < linear.in ? ~0u : 0;
+      column = (column & mask) + (t ^ j / 2) * 8;
+      uint4 low = load_once(low_row + column), high = load_once(high_row + column);
+      at[j][0] = low.x & mask, at[j][1] = high.x & mask, at[j][2] = low.y & mask, at[j][3] = high.y & mask;
+      at[j][4] = low.z & mask, at[j][5] = high.z & mask, at[j][6] = low.w & mask, at[j][7] = high.w & mask;
     }
   }
 };
@@ -98,9 +97,9 @@ __device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const u16*
 #pragma unroll
   for (int j = 0; j < STEPS; j++) {
     uint4 w = *(const uint4*)((j % 2 ? odd : even) + j / 2 * LINE * 2);
-    const u32 *a = x.at[j * 2], *b = x.at[j * 2 + 1];
+    const u32* a = x.at[j];
     mma_16(part[j % 2 * 2], a[0], a[1], a[2], a[3], w.x, w.y);
-    mma_16(part[j % 2 * 2 + 1], b[0], b[1], b[2], b[3], w.z, w.w);
+    mma_16(part[j % 2 * 2 + 1], a[4], a[5], a[6], a[7], w.z, w.w);
   }
 #pragma unroll
   for (int e = 0; e < 4; e++) part[0][e] = part[0][e] + part[1][e] + (part[2][e] + part[3][e]);
