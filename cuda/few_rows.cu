@@ -20,13 +20,14 @@
 #define UNIT 8             // features
 #define PIECE (4 * LINE)   // columns
 #define STEPS (PIECE / 32) // of 32 columns
+#define THREADS (WARPS * 32)
+
+// WARPS, STAGES of a warp, GROUP units at most; IS_AHEAD: a piece of x is loaded while the one before is used (registers).
 #ifndef WARPS
 #define WARPS 8
-#endif
-#define THREADS (WARPS * 32)
-#define GROUP (32 / WARPS) // units, at most
-#ifndef STAGES
-#define STAGES 3 // of a warp: two blocks fit a multiprocessor, this kernel's and the next one's
+#define STAGES 3
+#define GROUP 4
+#define IS_AHEAD 0
 #endif
 
 #if __CUDA_ARCH__ >= 900
@@ -42,7 +43,8 @@ struct Linear {
   int rows, in, out;
 };
 
-// Asks for a warp's stages.
+// Asks for a warp's stages, one that was used as soon as what was read of it has been computed with: a load may wait in line
+// behind others for longer than a copy takes.
 struct Feed {
   const TileMap& weights;
   int in, end, warp;      // of the block's units
@@ -62,12 +64,11 @@ struct Feed {
   }
 };
 
-// A lane's part of a piece of x, as operands: 8 of every 32 columns of rows g and g + 8, zeros behind the last column. Which 8
-// is the lane's that reads the same of a stage: see `multiply`. In place of a row that is not there is the last one.
+// A lane's part of a piece of x: 8 of every 32 columns of rows g and g + 8. Which 8 is the lane's that reads the same of a
+// stage: see `multiply`. In place of a row that is not there is the last one.
 struct Rows {
-  u32 at[STEPS][8];
+  uint4 low[STEPS], high[STEPS];
 
-  // By masks: what is computed is put where the product wants it, what is only loaded would be moved there for each unit.
   __device__ __forceinline__ void load(const Linear& linear, int piece) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Element* low_row = linear.x + (long long)min(g, linear.rows - 1) * linear.in;
@@ -75,9 +76,22 @@ struct Rows {
 #pragma unroll
     for (int j = 0; j < STEPS; j++) {
       int column = piece * PIECE + j * 32;
-      u32 mask = column < linear.in ? ~0u : 0;
-      column = (column & mask) + (t ^ j / 2) * 8;
-      uint4 low = load_once(low_row + column), high = load_once(high_row + column);
+      column = (column < linear.in ? column : 0) + (t ^ j / 2) * 8;
+      low[j] = load_once(low_row + column), high[j] = load_once(high_row + column);
+    }
+  }
+};
+
+// The same as operands of products, zeros from column `size` of the piece on. What is masked is put where products want it,
+// once; what is only loaded would be moved there for each unit.
+struct Operands {
+  u32 at[STEPS][8];
+
+  __device__ __forceinline__ void set(const Rows& x, int size) {
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+      u32 mask = j * 32 < size ? ~0u : 0;
+      uint4 low = x.low[j], high = x.high[j];
       at[j][0] = low.x & mask, at[j][1] = high.x & mask, at[j][2] = low.y & mask, at[j][3] = high.y & mask;
       at[j][4] = low.z & mask, at[j][5] = high.z & mask, at[j][6] = low.w & mask, at[j][7] = high.w & mask;
     }
@@ -89,7 +103,7 @@ struct Rows {
 // A stage is [8 features][4 lines of 64 columns], whose 16 bytes i of line n are at i ^ n % 8 of it. So in step j, of line
 // j / 2, lane 4g + t finds 16 bytes of feature g at place t ^ j / 2 of a half line, if it reads from place t: all features
 // the same columns, and 8 lanes from all banks.
-__device__ __forceinline__ float4 multiply(float4 sum, const Rows& x, const u16* stage) {
+__device__ __forceinline__ float4 multiply(float4 sum, const Operands& x, const u16* stage) {
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const char* even = (const char*)stage + g * PIECE * 2 + g % 2 * 64 + t * 16;
   const char* odd = (const char*)stage + g * PIECE * 2 + (1 - g % 2) * 64 + t * 16;
@@ -145,14 +159,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   for (int s = 0; s < STAGES; s++) feed.ask(memory.stages[warp][s], full + s);
   wait_for_previous_kernel();
 
+  Rows next;
+  Operands x;
   int stage = 0, parity = 0;
+  if (IS_AHEAD && has_columns) next.load(linear, warp), x.set(next, in - warp * PIECE);
   for (int group = begin; group < end; group += GROUP) {
     int count = min(GROUP, end - group);
 #pragma unroll 1
     for (int unit = 0; unit < count; unit++) memory.sums[warp][unit * 32 + lane] = make_float4(0, 0, 0, 0);
     for (int piece = warp; piece * PIECE < in; piece += WARPS) {
-      Rows x;
-      x.load(linear, piece);
+      int next_piece = (piece + WARPS) * PIECE < in ? piece + WARPS : warp; // this group's or the next one's
+      next.load(linear, IS_AHEAD ? next_piece : piece);
+      if (!IS_AHEAD) x.set(next, in - piece * PIECE);
 #pragma unroll 1
       for (int unit = 0; unit < count; unit++) {
         float4& sum = memory.sums[warp][unit * 32 + lane];
@@ -161,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         feed.ask(memory.stages[warp][stage], full + stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
+      if (IS_AHEAD) x.set(next, in - next_piece * PIECE);
     }
     __syncthreads();
     store_sums(memory, linear, group, count);

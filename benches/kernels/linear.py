@@ -1,12 +1,14 @@
 """Linears of few rows, slora's kernel beside cuBLAS, each in a graph of LAYERS layers with weights of their own, bf16.
 
-    python benches/kernels/linear.py [--quick] [--out FILE.json]
+    python benches/kernels/linear.py [--quick] [--layouts] [--out FILE.json]
 
     ours       its launches programmatic: a layer's weights are on their way while the layer before ends
     alone      each launch waits for the one before, as cuBLAS's do
     cublas     torch's linear
+    8x3x4 …    with --layouts: ours with other layouts (warps, stages, group)
 
-Results are compared with fp32 before they are timed. Times are of one linear, medians of replays. `of the sweep`: its
+What each computes is compared with fp32, once launched alone and in all layers of the graph that was timed; a wrong
+result is told, and the bench goes on and fails in the end. Times are of one linear, medians of replays. `of it`: its
 bytes in that time, over the rate of a read-only sweep of memory measured in the same run.
 """
 
@@ -29,7 +31,7 @@ from record import Row, add_output, row, write_rows
 
 LIMIT_S = 540
 """A run that takes longer is stuck: it ends with the stacks of all threads."""
-LAYERS, REPEATS, CHECKED_LAYERS = 32, 20, 2
+LAYERS, REPEATS = 32, 20
 ROWS = [1, 4, 8, 16]
 SHAPES = {
     "qkv": (4096, 6144),
@@ -48,67 +50,77 @@ WAYS: dict[str, Linear] = {
     "alone": partial(few_rows.linear, programmatic=False),
     "cublas": F.linear,
 }
+LAYOUTS = [(4, 5, 16, True), (8, 2, 8, False), (8, 5, 8, False), (8, 6, 4, False), (4, 10, 16, True)]
 
 
-def measure(name: str, rows: int, weights: Tensor, clock: Clock, sweep_tb_s: float) -> dict[str, Row]:
-    """Of one linear, by way; `weights` [LAYERS, out, in]."""
-    _, out_size, in_size = weights.shape
-    x = torch.randn(rows, in_size, dtype=weights.dtype, device=weights.device)
-    num_bytes = weights[0].nbytes + 2 * rows * (in_size + out_size)
-    assert few_rows.serves(x, weights[0]), "no device that the kernel serves"
-    found: dict[str, Row] = {}
-    line = f"{name:12} {rows:4}"
-    for way, linear in WAYS.items():
-        check(f"{way}, {name}, {rows} rows", linear, x, weights)
-        times = clock.replays_us(partial(run, linear, x, weights), 1, REPEATS)
-        us = [time / LAYERS for time in times]
-        rates = [num_bytes / time / 1e6 for time in us]
-        key = f"{name}_{rows}_{way}"
-        found |= {f"{key}_us": row(us, "us"), f"{key}_tb_s": row(rates, "TB/s")}
-        tb_s = found[f"{key}_tb_s"]["value"]
-        line += f" {found[f'{key}_us']['value']:8.1f} {tb_s:6.2f} {tb_s / sweep_tb_s:5.0%}"
-    print(line, flush=True)
-    return found
+def with_layouts() -> dict[str, Linear]:
+    layouts = [few_rows.Layout(*layout) for layout in LAYOUTS]
+    return {f"{at.warps}x{at.stages}x{at.group}": partial(few_rows.linear, layout=at) for at in layouts}
 
 
-def run(linear: Linear, x: Tensor, weights: Tensor) -> None:
-    for weight in weights:
-        linear(x, weight)
+class Bench:
+    def __init__(self, ways: dict[str, Linear]) -> None:
+        self._ways, self._clock = ways, Clock(torch.device("cuda"))
+        self.sweep_tb_s = self._sweep_rate()
+        self.rows: dict[str, Row] = {}
+        self.wrong: list[str] = []
+        print(f"a read-only sweep runs at {self.sweep_tb_s:.2f} TB/s")
+        print(f"{'':12} rows " + " ".join(f"{way + ' us':>9} {'TB/s':>5} of it" for way in ways))
 
+    def measure(self, name: str, weights: Tensor, num_rows: int) -> None:
+        """Of one linear, by way; `weights` [LAYERS, out, in]."""
+        _, out_size, in_size = weights.shape
+        x = torch.randn(num_rows, in_size, dtype=weights.dtype, device=weights.device)
+        assert few_rows.serves(x, weights[0]), "no device that the kernel serves"
+        wanted = [x.float() @ weight.float().t() for weight in weights]
+        num_bytes = weights[0].nbytes + 2 * num_rows * (in_size + out_size)
+        line = f"{name:12} {num_rows:4}"
+        for way, linear in self._ways.items():
+            key = f"{name}_{num_rows}_{way}"
+            self._check(f"{key}, launched alone", [linear(x, weights[0])], wanted)
+            outs: list[Tensor] = []
 
-def check(what: str, linear: Linear, x: Tensor, weights: Tensor) -> None:
-    for weight in weights[:CHECKED_LAYERS]:
-        want = x.float() @ weight.float().t()
-        error = float((linear(x, weight).float() - want).norm() / want.norm())
-        assert error < TOLERANCE, f"{what}: relative error {error}"
+            def run(outs: list[Tensor] = outs, linear: Linear = linear) -> None:
+                outs[:] = [linear(x, weight) for weight in weights]
 
+            us = [time / LAYERS for time in self._clock.replays_us(run, 1, REPEATS)]
+            self._check(f"{key}, in a graph", outs, wanted)
+            self.rows |= {f"{key}_us": row(us, "us"), f"{key}_tb_s": row([num_bytes / t / 1e6 for t in us], "TB/s")}
+            tb_s = self.rows[f"{key}_tb_s"]["value"]
+            line += f" {self.rows[f'{key}_us']['value']:9.1f} {tb_s:5.2f} {tb_s / self.sweep_tb_s:5.0%}"
+        print(line, flush=True)
 
-def sweep_rate(clock: Clock) -> float:
-    """TB/s of a read-only sweep."""
-    numbers = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
-    return numbers.nbytes / clock.median_us(numbers.sum, 4, 5) / 1e6
+    def _check(self, what: str, outs: list[Tensor], wanted: list[Tensor]) -> None:
+        pairs = zip(outs, wanted, strict=False)
+        errors = [float((out.float() - want).norm() / want.norm()) for out, want in pairs]
+        if not max(errors) < TOLERANCE:  # NaN, too
+            self.wrong.append(what)
+            print(f"WRONG: {what}: relative errors {', '.join(f'{error:.2g}' for error in errors)}", flush=True)
+
+    def _sweep_rate(self) -> float:
+        """TB/s of a read-only sweep."""
+        numbers = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
+        return numbers.nbytes / self._clock.median_us(numbers.sum, 4, 5) / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output(parser, "linear")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--layouts", action="store_true", help="other layouts, too")
     args = parser.parse_args()
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     torch.manual_seed(0)
-    clock = Clock(torch.device("cuda"))
-    sweep_tb_s = sweep_rate(clock)
-    print(f"a read-only sweep runs at {sweep_tb_s:.2f} TB/s")
-    ways = " ".join(f"{way + ' us':>8} {'TB/s':>6} {'of it':>5}" for way in WAYS)
-    print(f"{'':12} rows {ways}")
-    found: dict[str, Row] = {}
+    bench = Bench(WAYS | (with_layouts() if args.layouts else {}))
     for name in QUICK if args.quick else SHAPES:
         in_size, out_size = SHAPES[name]
         weights = torch.randn(LAYERS, out_size, in_size, dtype=torch.bfloat16, device="cuda") / in_size**0.5
-        for rows in ROWS:
-            found |= measure(name, rows, weights, clock, sweep_tb_s)
+        for num_rows in ROWS:
+            bench.measure(name, weights, num_rows)
         del weights
-    write_rows(args, found, is_shown=False, sweep_tb_s=sweep_tb_s)
+    write_rows(args, bench.rows, is_shown=False, sweep_tb_s=bench.sweep_tb_s, wrong=bench.wrong)
+    if bench.wrong:
+        sys.exit(f"wrong results: {'; '.join(bench.wrong)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SOURCES = {
     "chunk_attention": (HALF, [LLAMA, ODD, WIDE]),
     "simple_attention": (ALL, [LLAMA, {**ODD, "HEAD_DIM": 90}]),
     "lora": ((None,), [{"DTYPE": 1, "ALIGNED": 1}, {"DTYPE": 2, "ALIGNED": 0}, {"DTYPE": 0, "ALIGNED": 1}]),
-    "few_rows": ((None,), [{"DTYPE": 1}, {"DTYPE": 2, "STAGES": 3}]),
+    "few_rows": ((None,), [{"DTYPE": 1}, {"DTYPE": 2}]),
     **{name: ((None,), [{}]) for name in ("step", "sample", "penalties", "descriptors", "upload")},
 }
 

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from slora.kernels import few_rows
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+VARIANTS = [
+    *product(TOLERANCE, [few_rows.LAYOUT]),
+    (torch.bfloat16, few_rows.Layout(warps=4, stages=5, group=16, is_ahead=True)),
+]
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.cpu_only(reason="an emulated device; a real one is in tests/gpu"),
@@ -19,15 +24,15 @@ pytestmark = [
 
 
 class Emulated:
-    def __init__(self, dtype: torch.dtype, folder: Path) -> None:
+    def __init__(self, dtype: torch.dtype, layout: few_rows.Layout, folder: Path) -> None:
         for source in (ROOT / "cuda", ROOT / "tests" / "emulator"):
             shutil.copytree(source, folder, dirs_exist_ok=True)
-        values = {"__CUDA_ARCH__": 900, "DTYPE": few_rows._DTYPE_MACRO[dtype], "STAGES": few_rows.STAGES}
+        values = {"__CUDA_ARCH__": 900, "DTYPE": few_rows._DTYPE_MACRO[dtype], **layout.macros}
         macros = [f"-D{name}={value}" for name, value in values.items()]
         macros.append("-U_FORTIFY_SOURCE")  # it takes a jump to another fiber's stack for an error
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "few_rows.cpp", "-o", "few_rows.so"]
         subprocess.run(command, cwd=folder, check=True)
-        self.dtype, self.library = dtype, ctypes.CDLL(str(folder / "few_rows.so"))
+        self.dtype, self.layout, self.library = dtype, layout, ctypes.CDLL(str(folder / "few_rows.so"))
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_blocks: int = 2
@@ -42,9 +47,9 @@ class Emulated:
         return y[: rows * out_size].view(rows, out_size)
 
 
-@pytest.fixture(scope="module", params=TOLERANCE, ids=str)
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
 def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(request.param, tmp_path_factory.mktemp("emulator"))
+    return Emulated(*request.param, tmp_path_factory.mktemp("emulator"))
 
 
 def make(emulated: Emulated, rows: int, in_size: int, out_size: int) -> tuple[torch.Tensor, ...]:
@@ -78,4 +83,4 @@ def test_a_row_depends_on_nothing_else(emulated: Emulated) -> None:
 
 
 def test_the_host_knows_the_size(emulated: Emulated) -> None:
-    assert emulated.library.shared_bytes() == few_rows.shared_bytes(few_rows.STAGES)
+    assert emulated.library.shared_bytes() == emulated.layout.shared_bytes

@@ -1,6 +1,7 @@
 """A linear layer of few rows (`cuda/few_rows.cu`): which ones it serves, and its launch."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,32 @@ from slora.kernels.tile_map import LINE, tile_map
 MAX_ROWS = 16
 MAX_WEIGHT_BYTES = 1 << 40
 """Larger weights are left to cuBLAS."""
-STAGES = 3
-"""Of a warp. With 3, two blocks fit a multiprocessor: those of the next linear begin while the last ones end."""
-_UNIT, _LINES, _WARPS = 8, 4, 8
-_SUMS_BYTES, _STAGE_BYTES = 16384, _WARPS * (_UNIT * _LINES * LINE * 2 + 8)
-"""Of shared memory; a stage of each warp with its barrier."""
+_UNIT, _LINES = 8, 4
 _DTYPE_MACRO = {torch.bfloat16: 1, torch.float16: 2}
+
+
+class Layout(NamedTuple):
+    """How a block is cut; with up to 113 KB of shared memory, the next linear's begins while this one's ends."""
+
+    warps: int
+    stages: int
+    """Of a warp."""
+    group: int
+    """Units of features that share a look at x."""
+    is_ahead: bool
+    """x is loaded before it is used, into registers that more than 4 warps have not."""
+
+    @property
+    def shared_bytes(self) -> int:
+        stage = _UNIT * _LINES * LINE * 2 + 8
+        return self.warps * (self.stages * stage + self.group * 512)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {"WARPS": self.warps, "STAGES": self.stages, "GROUP": self.group, "IS_AHEAD": int(self.is_ahead)}
+
+
+LAYOUT = Layout(warps=8, stages=3, group=4, is_ahead=False)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -35,22 +56,20 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, programmatic: bool = True) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, programmatic: bool = True, layout: Layout = LAYOUT
+) -> Tensor:
     """x [rows, in], weight [out, in] -> [rows, out].
 
     If `programmatic`, weights are read while the kernel before runs, which must not write them.
     """
     (rows, in_size), out_size = x.shape, weight.shape[0]
     out = x.new_empty(rows, out_size)
-    kernel, num_blocks = _kernel(x.dtype, x.device)
+    kernel, num_blocks = _kernel(x.dtype, x.device, layout)
     blocks = min(num_blocks, out_size // _UNIT)
     args = (tile_map(weight, _UNIT, _LINES), x, bias, out, rows, in_size, out_size)
-    kernel(blocks, _WARPS * 32, args, shared_bytes(STAGES), programmatic=programmatic)
+    kernel(blocks, layout.warps * 32, args, layout.shared_bytes, programmatic=programmatic)
     return out
-
-
-def shared_bytes(stages: int) -> int:
-    return _SUMS_BYTES + stages * _STAGE_BYTES
 
 
 @cache
@@ -59,7 +78,7 @@ def _has_bulk_copies(device: torch.device) -> bool:
 
 
 @cache
-def _kernel(dtype: torch.dtype, device: torch.device) -> tuple[Kernel, int]:
+def _kernel(dtype: torch.dtype, device: torch.device, layout: Layout) -> tuple[Kernel, int]:
     """And how many blocks it has, at most: one for each multiprocessor."""
-    module = nvrtc.load("few_rows", {"DTYPE": _DTYPE_MACRO[dtype], "STAGES": STAGES})
+    module = nvrtc.load("few_rows", {"DTYPE": _DTYPE_MACRO[dtype], **layout.macros})
     return module.kernel("few_rows"), torch.cuda.get_device_properties(device).multi_processor_count
