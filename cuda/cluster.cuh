@@ -77,6 +77,12 @@ __device__ __forceinline__ void copy_tile(u16* to, const TileMap& map, int row, 
       : "memory");
 }
 
+// The same tile to L2 only.
+__device__ __forceinline__ void prefetch_tile(const TileMap& map, int row, int line) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(0), "r"(line), "r"(row)
+               : "memory");
+}
+
 // All threads of the cluster have come to the first before any leaves the second. Nothing but init_barrier is ordered by it.
 __device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }

@@ -22,12 +22,14 @@
 #define STEPS (PIECE / 32) // of 32 columns
 #define THREADS (WARPS * 32)
 
-// WARPS, STAGES of a warp, GROUP units at most; IS_AHEAD: a piece of x is loaded while the one before is used (registers).
+// WARPS, STAGES of a warp, GROUP units at most; IS_AHEAD: a piece of x is loaded while the one before is used; FAR pieces
+// that a warp needs after its first stages are brought to L2 while the kernel waits for x.
 #ifndef WARPS
 #define WARPS 8
 #define STAGES 3
 #define GROUP 4
 #define IS_AHEAD 0
+#define FAR 0
 #endif
 
 #if __CUDA_ARCH__ >= 900
@@ -43,26 +45,36 @@ struct Linear {
   int rows, in, out;
 };
 
-// Asks for a warp's stages, one that was used as soon as what was read of it has been computed with: a load may wait in line
-// behind others for longer than a copy takes.
-struct Feed {
-  const TileMap& weights;
-  int in, end, warp;      // of the block's units
+// A warp's way through its pieces of weights.
+struct Walk {
+  int in, end, warp;      // `end` of the block's units
   int group, unit, piece; // the next one; there is none if `group` is `end`
 
-  __device__ __forceinline__ void ask(u16* stage, u64* full) {
-    if (group >= end) return;
-    __syncwarp(); // all lanes have read what was in the stage
-    if (is_elected()) {
-      expect_bytes(full, UNIT * PIECE * 2);
-      copy_tile<UNIT, PIECE / LINE>(stage, weights, unit * UNIT, piece * (PIECE / LINE), full);
-    }
+  __device__ __forceinline__ bool is_over() const { return group >= end; }
+
+  __device__ __forceinline__ void next() {
     if (++unit < min(end, group + GROUP)) return;
     unit = group, piece += WARPS;
     if (piece * PIECE < in) return;
     unit = group += GROUP, piece = warp;
   }
 };
+
+// Have a stage filled with the next piece, if there is one. A stage that was used is asked for as soon as what was read of it
+// has been computed with: a load may wait in line behind others for longer than a copy takes.
+//
+// With a block's last request the next kernel may start: its own first requests then follow this kernel's, and keep memory
+// busy while the results are added up and x of the next kernel is on its way.
+__device__ __forceinline__ void ask(Walk& walk, const TileMap& weights, u16* stage, u64* full) {
+  if (walk.is_over()) return;
+  __syncwarp(); // all lanes have read what was in the stage
+  if (is_elected()) {
+    expect_bytes(full, UNIT * PIECE * 2);
+    copy_tile<UNIT, PIECE / LINE>(stage, weights, walk.unit * UNIT, walk.piece * (PIECE / LINE), full);
+  }
+  walk.next();
+  if (walk.is_over()) let_next_kernel_start();
+}
 
 // A lane's part of a piece of x: 8 of every 32 columns of rows g and g + 8. Which 8 is the lane's that reads the same of a
 // stage: see `multiply`. In place of a row that is not there is the last one.
@@ -145,7 +157,6 @@ __device__ __forceinline__ void store_sums(const Memory& memory, const Linear& l
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     few_rows(const __grid_constant__ TileMap weights, const Element* x_rows, const Element* bias, Element* y, int rows, int in,
              int out) {
-  let_next_kernel_start();
   Linear linear = {x_rows, bias, y, rows, in, out};
   Memory& memory = *(Memory*)shared_memory;
   // The compiler knows that all lanes get the same from one: what copies need is computed once for a warp.
@@ -154,9 +165,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   u64* full = memory.full[warp];
   if (lane < STAGES) init_barrier(full + lane);
   bool has_columns = warp * PIECE < in;
-  Feed feed = {weights, in, end, warp, has_columns ? begin : end, begin, warp};
+  Walk walk = {in, end, warp, has_columns ? begin : end, begin, warp};
 #pragma unroll 1
-  for (int s = 0; s < STAGES; s++) feed.ask(memory.stages[warp][s], full + s);
+  for (int s = 0; s < STAGES; s++) ask(walk, weights, memory.stages[warp][s], full + s);
+  Walk later = walk;
+#pragma unroll 1
+  for (int i = 0; i < FAR && !later.is_over(); i++, later.next())
+    if (is_elected()) prefetch_tile(weights, later.unit * UNIT, later.piece * (PIECE / LINE));
   wait_for_previous_kernel();
 
   Rows next;
@@ -176,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         float4& sum = memory.sums[warp][unit * 32 + lane];
         wait_barrier(full + stage, parity);
         sum = multiply(sum, x, memory.stages[warp][stage]);
-        feed.ask(memory.stages[warp][stage], full + stage);
+        ask(walk, weights, memory.stages[warp][stage], full + stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
       if (IS_AHEAD) x.set(next, in - next_piece * PIECE);

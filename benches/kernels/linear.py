@@ -5,7 +5,7 @@
     ours       its launches programmatic: a layer's weights are on their way while the layer before ends
     alone      each launch waits for the one before, as cuBLAS's do
     cublas     torch's linear
-    8x3x4 …    with --layouts: ours with other layouts (warps, stages, group)
+    4x5x16+0 … with --layouts: ours with other layouts (warps, stages, group, far)
 
 What each computes is compared with fp32, once launched alone and in all layers of the graph that was timed; a wrong
 result is told, and the bench goes on and fails in the end. Times are of one linear, medians of replays. `of it`: its
@@ -50,12 +50,20 @@ WAYS: dict[str, Linear] = {
     "alone": partial(few_rows.linear, programmatic=False),
     "cublas": F.linear,
 }
-LAYOUTS = [(4, 5, 16, True), (8, 2, 8, False), (8, 5, 8, False), (8, 6, 4, False), (4, 10, 16, True)]
+LAYOUTS = [
+    (8, 3, 4, False, 3),
+    (4, 5, 16, True, 0),
+    (4, 5, 16, True, 5),
+    (8, 2, 8, False, 0),
+    (8, 2, 8, False, 4),
+    (8, 5, 8, False, 0),
+    (4, 10, 16, True, 0),
+]
 
 
 def with_layouts() -> dict[str, Linear]:
     layouts = [few_rows.Layout(*layout) for layout in LAYOUTS]
-    return {f"{at.warps}x{at.stages}x{at.group}": partial(few_rows.linear, layout=at) for at in layouts}
+    return {f"{at.warps}x{at.stages}x{at.group}+{at.far}": partial(few_rows.linear, layout=at) for at in layouts}
 
 
 class Bench:

@@ -52,6 +52,7 @@ void copy_tile(u16* to, const TileMap& map, int row, int line, u64* barrier) {
       copy_bulk(to + n * LINE + (i ^ n % 8) * 8, from, 16, barrier);
     }
 }
+inline void prefetch_tile(const TileMap&, int, int) {}
 inline void finish_copies() {
   for (size_t n = chance() % (copies.size() + 1); n > 0; n--) {
     std::swap(copies[chance() % copies.size()], copies.back());

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 VARIANTS = [
     *product(TOLERANCE, [few_rows.LAYOUT]),
-    (torch.bfloat16, few_rows.Layout(warps=4, stages=5, group=16, is_ahead=True)),
+    (torch.bfloat16, few_rows.Layout(warps=4, stages=5, group=16, is_ahead=True, far=3)),
 ]
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

@@ -27,6 +27,8 @@ class Layout(NamedTuple):
     """Units of features that share a look at x."""
     is_ahead: bool
     """x is loaded before it is used, into registers that more than 4 warps have not."""
+    far: int
+    """Pieces that a warp needs after its first stages, brought to L2 while the kernel waits for x."""
 
     @property
     def shared_bytes(self) -> int:
@@ -35,10 +37,11 @@ class Layout(NamedTuple):
 
     @property
     def macros(self) -> dict[str, int]:
-        return {"WARPS": self.warps, "STAGES": self.stages, "GROUP": self.group, "IS_AHEAD": int(self.is_ahead)}
+        names = ("WARPS", "STAGES", "GROUP", "IS_AHEAD", "FAR")
+        return {name: int(value) for name, value in zip(names, self, strict=True)}
 
 
-LAYOUT = Layout(warps=8, stages=3, group=4, is_ahead=False)
+LAYOUT = Layout(warps=8, stages=3, group=4, is_ahead=False, far=0)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
