@@ -4,28 +4,13 @@
 #include "async_copy.cuh"
 #include "element.cuh"
 
-extern __shared__ __align__(1024) char shared_memory[];
-
-// What tiles are copied from: a matrix of 16-bit numbers as [rows][lines][LINE], made by the host (kernels/tile_map.py).
-struct alignas(64) TileMap {
-  u64 words[16];
-};
-#define LINE 64 // columns
-#define SWIZZLE_BYTES 1024
+extern __shared__ __align__(128) char shared_memory[];
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
-}
-
-// True for one lane of a warp, always the same, and the compiler knows that it is one: what is the same in all lanes anyway,
-// like a copy's addresses, is then computed once for the warp.
-__device__ __forceinline__ bool is_elected() {
-  u32 is_mine;
-  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is_mine));
-  return is_mine;
 }
 
 // A barrier in shared memory: a phase ends when one thread has arrived, and as many bytes as it expects.
@@ -63,23 +48,6 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-
-// A tile from `row` and `line` on; behind the matrix's end, zeros. 16 bytes i of line n of the tile come to i ^ n % 8 of it.
-// `to` lies on SWIZZLE_BYTES; all bytes of the tile count towards the barrier's phase. The map's tiles have this size.
-template <int rows, int lines>
-__device__ __forceinline__ void copy_tile(u16* to, const TileMap& map, int row, int line, u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-          shared_address(to)),
-      "l"(&map), "r"(0), "r"(line), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-
-// The same tile to L2 only.
-__device__ __forceinline__ void prefetch_tile(const TileMap& map, int row, int line) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(0), "r"(line), "r"(row)
                : "memory");
 }
 

@@ -7,8 +7,8 @@
 // What a request's splits leave is merged by a second kernel, a block per query head: a fence between blocks would wait for
 // the copies in flight. Keys and values give way to it in the cache: written to memory, its one or two percent of the bytes
 // cost up to nine of the time.
-// The kernel before writes q, and the keys and values of the newest tokens. All else was there before the first layer, and
-// is on its way while that one runs, and the one before it.
+// The kernel before writes q, and the keys and values of the newest tokens. All else was there before that one began, and is
+// on its way while it runs.
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -317,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
 extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32) merge_splits(
     element* __restrict__ out, const int* __restrict__ counts, const int2* __restrict__ spans,
     const float* __restrict__ partials) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     __shared__ float4 sums[MERGE_WARPS][HEAD_DIM / 4];
     __shared__ float norms[MERGE_WARPS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

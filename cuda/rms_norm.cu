@@ -37,8 +37,8 @@ __device__ __forceinline__ float block_sum(float value) {
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
     element* __restrict__ x, const element* __restrict__ residual, const element* __restrict__ delta,
     const element* __restrict__ weight, element* __restrict__ normed, float eps) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const size_t row = static_cast<size_t>(blockIdx.x) * HIDDEN;
     float values[PIECES][WIDTH];
     float squares = 0.0f;

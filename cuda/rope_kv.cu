@@ -88,8 +88,8 @@ extern "C" __global__ void rope_kv(
     element* __restrict__ keys, element* __restrict__ values, const float2* __restrict__ rotation,
     const int* __restrict__ slots, const int* __restrict__ counts, const element* __restrict__ qk_norm, float eps,
     int page_rows) {
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const int row = blockIdx.x, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const bool is_padding = row >= counts[1];
     const int slot = is_padding ? 0 : slots[row];

@@ -36,8 +36,8 @@ extern "C" __global__ void silu_mul(
     const element* __restrict__ gate_up, const element* __restrict__ delta, element* __restrict__ out, int rows,
     int inner) {
     constexpr int N = IS_VECTOR ? VECTOR : 1;
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const int pieces = inner / N;
     const size_t total = static_cast<size_t>(rows) * pieces;
     const size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;

@@ -14,8 +14,7 @@ __device__ __forceinline__ void wait_once(bool& has_waited) {
   has_waited = true;
 }
 
-// Lets a `programmatic` next kernel start as soon as all blocks have come here, be it before they wait themselves: a kernel
-// ends after all that it waited for, so whoever waits for one has waited for all before it.
+// Lets a `programmatic` next kernel start as soon as all blocks have come here.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -2,7 +2,6 @@
 #pragma once
 #include "element.cuh"
 inline int cluster_rank() { return lane_now->block - blocks.data(); }
-inline bool is_elected() { return lane_now->index == 0; }
 inline void init_barrier(u64* barrier) { lane_now->block->barriers[barrier] = {}; }
 inline void complete(Barrier& barrier) {
   if (barrier.has_arrived && barrier.bytes == 0) barrier.phase++, barrier.has_arrived = false, progress++;
@@ -34,25 +33,6 @@ inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
   if (bytes <= 0 || bytes % 16) fail("a bulk copy of a wrong size");
   copies.push_back({to, from, bytes, lane_now->block, &lane_now->block->barriers.at(barrier), {}});
 }
-struct TileMap {
-  const u16* from;
-  int rows, lines;
-};
-#define LINE 64
-#define SWIZZLE_BYTES 16 // for the compiler
-template <int rows, int lines>
-void copy_tile(u16* to, const TileMap& map, int row, int line, u64* barrier) {
-  static const uint4 zeros = {};
-  if (((char*)to - shared_memory) % 1024) fail("a tile copied to where its swizzling does not begin");
-  for (int n = 0; n < rows * lines; n++)
-    for (int i = 0; i < 8; i++) {
-      int r = row + n / lines, l = line + n % lines;
-      bool is_inside = r < map.rows && l < map.lines;
-      const void* from = is_inside ? (const void*)(map.from + ((long)r * map.lines + l) * LINE + i * 8) : &zeros;
-      copy_bulk(to + n * LINE + (i ^ n % 8) * 8, from, 16, barrier);
-    }
-}
-inline void prefetch_tile(const TileMap&, int, int) {}
 inline void finish_copies() {
   for (size_t n = chance() % (copies.size() + 1); n > 0; n--) {
     std::swap(copies[chance() % copies.size()], copies.back());

@@ -23,7 +23,6 @@ using std::max;
 using std::min;
 #define __device__
 #define __global__
-#define __grid_constant__
 #define __forceinline__ inline
 #define __noinline__
 #define __shared__ thread_local

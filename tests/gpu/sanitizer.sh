@@ -25,7 +25,6 @@ RUNS=(
   "lora-odd|tests/gpu/test_lora.py|mixes and odd and bfloat16"
   "lora-large|tests/gpu/test_lora.py|large"
   "elementwise|tests/gpu/test_ops.py|rms_norm or silu_mul or rope_kv or greedy"
-  "linear|tests/gpu/test_ops.py|linear or row_of_few"
   "attention|tests/gpu/test_ops.py|decode_does_not or (test_paged_attention and False)"
   "chunks|tests/gpu/test_ops.py|test_paged_attention and True"
   "sample|tests/gpu/test_ops.py|(sample_equals and 301) or random_rows"

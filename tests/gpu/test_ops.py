@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from planning import Request, World, tiny_config
 
-from slora.kernels import few_rows, reference
+from slora.kernels import reference
 from slora.kernels.step import Step
 from slora.models.config import ModelConfig
 from slora.plan import StepPlan
@@ -97,61 +96,6 @@ def test_rms_norm(hidden: int, dtype: str) -> None:
             got = cuda.rms_norm(x.cuda(), *(None if a is None else a.cuda() for a in args), weight.cuda(), 1e-5)
             for g, e in zip(got, expected, strict=True):
                 assert error(g, e) < TOLERANCES[dtype]
-
-
-LINEARS = [(64, 8), (4096, 6144), (14336, 4096), (2112, 5128), (896, 1152), (100, 36)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("in_size", "out_size"), LINEARS)
-def test_linear(in_size: int, out_size: int, dtype: str) -> None:
-    weight, bias = torch.randn(out_size, in_size).to(DTYPES[dtype]), torch.randn(out_size).to(DTYPES[dtype])
-    for rows, added in product((1, 3, 8, 9, 16, 17), (None, bias)):
-        x = torch.randn(rows, in_size).to(DTYPES[dtype])
-        expected = reference.linear(x.float(), weight.float(), None if added is None else added.float())
-        on_device = [None if t is None else t.cuda() for t in (x, weight, added)]
-        assert error(cuda.linear(*on_device), expected) < TOLERANCES[dtype]
-        assert error(replayed(lambda args=on_device: cuda.linear(*args)), expected) < TOLERANCES[dtype]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_row_of_few_does_not_depend_on_its_neighbours(dtype: str) -> None:
-    for in_size, out_size in LINEARS[:-1]:
-        x = torch.randn(16, in_size, dtype=DTYPES[dtype], device="cuda")
-        weight = torch.randn(out_size, in_size, dtype=DTYPES[dtype], device="cuda")
-        if not few_rows.serves(x, weight):
-            pytest.skip("a device without bulk copies")
-        together = few_rows.linear(x, weight)
-        for rows in (slice(0, 1), slice(7, 8), slice(3, 12), slice(8, 16)):
-            assert torch.equal(few_rows.linear(x[rows].clone(), weight), together[rows])
-
-
-@pytest.mark.parametrize("rows", [1, 16])
-def test_linears_may_begin_before_their_input_is_there(rows: int) -> None:
-    """Of many layers in one graph, whose outputs reuse each other's memory."""
-    weights = [torch.randn(8, out, 1024, dtype=torch.bfloat16, device="cuda") / 32 for out in (2048, 1024)]
-    norm = torch.ones(1024, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(rows, 1024, dtype=torch.bfloat16, device="cuda")
-    if not few_rows.serves(x, weights[0][0]):
-        pytest.skip("a device without bulk copies")
-
-    def layers(pause: Callable[[], object]) -> torch.Tensor:
-        h, residual = x.clone(), x.clone()
-        for gate_up, down in zip(*weights, strict=True):
-            h, residual = cuda.rms_norm(h, residual, None, norm, 1e-5)
-            pause()
-            h = cuda.linear(h, gate_up)
-            pause()
-            h = cuda.silu_mul(h, None)
-            pause()
-            h = cuda.linear(h, down)
-            pause()
-        return h
-
-    expected = layers(torch.cuda.synchronize)
-    assert torch.isfinite(expected).all()
-    for _ in range(20):
-        assert torch.equal(replayed(lambda: layers(lambda: None)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels from `cuda/`, GEMMs of more than a few rows by cuBLAS. `batch` is the `Step` that runs.
+"""The CUDA backend: kernels from `cuda/`, GEMMs by cuBLAS. `batch` is the `Step` that runs.
 
 Everything is launched on torch's current stream, and nothing waits for the device.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor
 
-from slora.kernels import few_rows, nvrtc
+from slora.kernels import nvrtc
 from slora.kernels.attention import ELEMENTS
 from slora.kernels.lora import Shrunk
 from slora.kernels.nvrtc import Argument, Kernel
@@ -26,10 +26,8 @@ def pack_linear(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_branch: bool = False) -> Tensor:
-    """x [rows, in], weight [out, in] -> [rows, out]. `is_branch`: what comes before is not on this stream."""
-    if few_rows.serves(x, weight):
-        return few_rows.linear(x, weight, bias, programmatic=not is_branch)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in], weight [out, in] -> [rows, out]."""
     return F.linear(x, weight, bias)
 
 
@@ -43,7 +41,7 @@ def project(
     side.wait_stream(main)
     delta = batch.lora(x, layer, group)  # begins to read weights before x is there
     with torch.cuda.stream(side):
-        out = linear(x, weight, bias, is_branch=True)
+        out = linear(x, weight, bias)
     main.wait_stream(side)
     return out, delta
 
