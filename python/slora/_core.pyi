@@ -183,12 +183,14 @@ class Core:
         prefetch: bool = True,
         eviction: str = "cost",
         max_copy_pages: int | None = None,
+        max_step: int | None = None,
         num_loaders: int = 2,
         num_ready_slabs: int | None = None,
         seed: int = 0,
     ) -> Self:
         """`slabs`: (address, bytes) of the host tier's memory, which `keep_alive` owns. `num_ready_slabs`: the first so
-        many may be copied from; None: all. Raises ConfigError."""
+        many may be copied from; None: all. `max_step`: behind it steps are numbered from 1 again; None: what a plan's
+        words hold. Raises ConfigError."""
 
     @property
     def config(self) -> dict[str, int]:
@@ -201,7 +203,7 @@ class Core:
     @property
     def num_words(self) -> int: ...
     def schedule(self, buffer: Any) -> int:
-        """Plan the next step into an int32 buffer: its number; 0: nothing to run now."""
+        """Plan the next step into an int32 buffer: its number, from 1; 0: nothing to run now."""
 
     def commit(
         self,
