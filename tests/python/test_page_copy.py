@@ -106,21 +106,27 @@ def test_a_step_is_not_content_with_what_an_earlier_one_brought(monkeypatch: pyt
     assert device.enqueued[5][1] > 8 << 32 | 4, "whoever needs step 8 waits no more"
 
 
-def test_when_step_numbers_begin_again_nothing_of_before_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("last", "next_one"), [(2**31 - 1, 2), (5, 5)])
+def test_when_step_numbers_begin_again_nothing_of_before_has_arrived(
+    monkeypatch: pytest.MonkeyPatch, last: int, next_one: int
+) -> None:
     """Kernels of the new steps would read pages that are not there, if the number of before still stood."""
     device = Device(monkeypatch, 2)
-    device.issue(2**31 - 1, [0])
+    device.issue(last, [0])
     assert not any(kind == "wait" for kind, _ in device.enqueued)
     device.enqueued.clear()
-    device.issue(2, [0])
+    device.issue(next_one, [0])
     assert device.enqueued[0] == ("wait", 0), "zero, behind the steps of before and ahead of the first copy"
     assert [kind for kind, _ in device.enqueued[1:]] == ["copy", "value"]
-    device.issue(3, [0])
+    device.issue(next_one + 1, [0])
     assert sum(kind == "wait" for kind, _ in device.enqueued) == 1
+
+
+def test_when_step_numbers_begin_again_kernels_that_do_not_wait_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, 2, kernels_wait=False)
     device.issue(7, [0])
     device.issue(1, [0])
-    assert device.copies.arrived.item() == -1, "the highest number stays where kernels wait for nothing"
+    assert device.copies.arrived.item() == -1, "the highest number"
 
 
 def test_events_are_waited_for_where_streams_write_no_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ class PageCopies:
         step = plan.counts.step
         assert plan.counts.copies_wait_step != step, "copies wait for the step that waits for them"
         assert self._host is not None, "a plan copies from a host tier that is not there"
-        if step < self._last_step and self._kernels_wait:
+        if step <= self._last_step and self._kernels_wait:
             # Numbers began again, and no step in flight waits for copies (Engine::restart_steps).
             self.arrived.zero_()
             self._stream.wait_stream(torch.cuda.current_stream())
