@@ -55,7 +55,9 @@ class Text:
     def __new__(cls, path: str) -> Self:
         """Raises LoadError."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_context: int | None = None) -> list[int]:
+        """`max_context`: text that is too long for so many tokens, whatever they are, is refused before any work on it."""
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def encode_chat(
         self,
@@ -67,6 +69,7 @@ class Text:
         kwargs: str | None = None,
         now_unix_s: int = 0,
         utc_offset_s: int = 0,
+        max_context: int | None = None,
     ) -> list[int]:
         """Messages, tools and template variables are JSON. Raises RequestError."""
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,9 +184,16 @@ async def count_turns(awaited: Awaitable[object]) -> int:
     return turns
 
 
-def test_a_long_prompt_is_turned_into_ids_while_other_tasks_go_on() -> None:
+def slowly(make: Callable[..., list[int]], *arguments: Any, **options: Any) -> list[int]:
+    time.sleep(0.2)
+    return make(*arguments, **options)
+
+
+def test_a_long_prompt_is_turned_into_ids_while_other_tasks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(llm: slora.AsyncLLM) -> None:
-        text = "window water " * 20_000
+        text = "window water " * 1_000
+        for name in ("_ids", "_chat_ids"):
+            monkeypatch.setattr(llm, name, partial(slowly, getattr(llm, name)))
 
         async def refused(awaited: Awaitable[object]) -> None:
             with pytest.raises(slora.RequestError, match="maximum context length"):

@@ -106,6 +106,19 @@ def test_chat_renders_as_transformers_and_never_doubles_special_tokens(llm: slor
     assert [result.text for result in several] == ["HELLO", "cba"]
 
 
+def test_text_that_is_too_long_whatever_its_tokens_are_is_refused_before_it_is_tokenized(llm: slora.LLM) -> None:
+    text, max_context = "ab " * 100_000, llm.limits["max_context"]
+    refused = rf"maximum context length is {max_context} tokens, which is at most \d+ bytes .* has 30\d{{4}}; hint: "
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.generate(text)
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.generate(["ab", text])
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.chat([{"role": "user", "content": text}])
+    with pytest.raises(slora.RequestError, match=f"maximum context length is {max_context} tokens, but the request"):
+        llm.generate("ab " * max_context)
+
+
 def test_a_chat_takes_text_only_and_continues_what_it_is_told_to(llm: slora.LLM) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     with pytest.raises(slora.RequestError, match=r"messages\[0\] has a part that is not text"):
