@@ -56,7 +56,7 @@ class Text:
         """Raises LoadError."""
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_context: int | None = None) -> list[int]:
-        """`max_context`: text that is too long for so many tokens, whatever they are, is refused before any work on it."""
+        """`max_context`: text too long for so many tokens, whatever they are, is refused untokenized."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def encode_chat(
