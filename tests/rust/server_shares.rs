@@ -179,6 +179,39 @@ fn a_key_has_its_place_again_when_the_engine_has_let_go() {
 }
 
 #[test]
+fn whatever_clients_do_all_places_come_back() {
+    let engine = EngineConfig { max_running: 3, ..EngineConfig::default() };
+    let shop = Shop::with_quota(json!({"concurrency": 4}), json!({}), engine, Duration::from_millis(2));
+    let kinds = [
+        json!({}),
+        json!({"stream": true}),
+        json!({"n": 3, "stream": true}),
+        json!({"n": 2, "stop": ["c"]}),
+        json!({"prompt": vec!["x"; 4], "stop": ["b"], "stream": true}),
+        json!({"model": "nobody"}),
+        json!({"prompt": "x".repeat(100), "stream": true}),
+    ];
+    let bodies = kinds.map(|fields| with(completion(40), fields).to_string());
+    let mut statuses = std::collections::BTreeMap::<u16, usize>::new();
+    for i in 0..400 {
+        let stream = shop.send_flood(&bodies[i % bodies.len()]);
+        // Some leave at once, some later, some stay.
+        std::thread::sleep(Duration::from_millis([0, 0, 1, 3, 9][i % 5]));
+        if i % 3 == 0 {
+            *statuses.entry(Response::read(stream).status).or_default() += 1;
+        }
+    }
+    assert!([200, 404, 429].iter().all(|status| statuses.contains_key(status)), "{statuses:?}");
+    let whole = with(completion(1), json!({"n": 4}));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while shop.world.ask("flood", "POST", "/v1/completions", Some(&whole)).status != 200 {
+        assert!(Instant::now() < deadline, "a place never comes back");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
 fn whoever_has_its_answer_may_ask_again_at_once() {
     let shop = Shop::with_quota(json!({"concurrency": 1}), json!({}), EngineConfig::default(), Duration::ZERO);
     let stopped = with(completion(200), json!({"stop": ["c"]}));
