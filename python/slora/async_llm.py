@@ -15,7 +15,7 @@ from slora.feed import Prompt, make_sampling
 from slora.outputs import Delta, Result
 
 Turn: TypeAlias = asyncio.Future[None]
-
+"""Done when a stream, and all that its task asked for before, is submitted or given up."""
 SUBMITS_AT_ONCE = 64
 """Then other tasks have their turn."""
 LONG_PROMPT = 4 << 10
@@ -145,7 +145,7 @@ class AsyncLLM(Client):
         """The arguments are those of `LLM`. No event loop is needed yet."""
         super().__init__(*args, **options)
         self._wakers: dict[asyncio.AbstractEventLoop, Waker] = {}
-        # By task: done when all that it asked for so far is submitted or given up.
+        # By task: that of the last stream that a thread makes the ids for.
         self._turns = weakref.WeakKeyDictionary[asyncio.Task[Any], Turn]()
 
     @property
