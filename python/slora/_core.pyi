@@ -55,7 +55,9 @@ class Text:
     def __new__(cls, path: str) -> Self:
         """Raises LoadError."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_context: int | None = None) -> list[int]:
+        """`max_context`: text too long for so many tokens, whatever they are, is refused untokenized."""
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def encode_chat(
         self,
@@ -67,6 +69,7 @@ class Text:
         kwargs: str | None = None,
         now_unix_s: int = 0,
         utc_offset_s: int = 0,
+        max_context: int | None = None,
     ) -> list[int]:
         """Messages, tools and template variables are JSON. Raises RequestError."""
 
@@ -183,12 +186,14 @@ class Core:
         prefetch: bool = True,
         eviction: str = "cost",
         max_copy_pages: int | None = None,
+        max_step: int | None = None,
         num_loaders: int = 2,
         num_ready_slabs: int | None = None,
         seed: int = 0,
     ) -> Self:
         """`slabs`: (address, bytes) of the host tier's memory, which `keep_alive` owns. `num_ready_slabs`: the first so
-        many may be copied from; None: all. Raises ConfigError."""
+        many may be copied from; None: all. `max_step`: behind it steps are numbered from 1 again; None: what a plan's
+        words hold. Raises ConfigError."""
 
     @property
     def config(self) -> dict[str, int]:
@@ -201,7 +206,7 @@ class Core:
     @property
     def num_words(self) -> int: ...
     def schedule(self, buffer: Any) -> int:
-        """Plan the next step into an int32 buffer: its number; 0: nothing to run now."""
+        """Plan the next step into an int32 buffer: its number, from 1; 0: nothing to run now."""
 
     def commit(
         self,

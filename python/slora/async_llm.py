@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, TypeAlias, overload
 
 from slora import _core
 from slora.adapters import AsyncAdapters
@@ -14,6 +14,8 @@ from slora.client import AdapterNames, Client, Conversation, PromptLike
 from slora.feed import Prompt, make_sampling
 from slora.outputs import Delta, Result
 
+Turn: TypeAlias = asyncio.Future[None]
+"""Done when a stream, and all that its task asked for before, is submitted or given up."""
 SUBMITS_AT_ONCE = 64
 """Then other tasks have their turn."""
 LONG_PROMPT = 4 << 10
@@ -143,8 +145,8 @@ class AsyncLLM(Client):
         """The arguments are those of `LLM`. No event loop is needed yet."""
         super().__init__(*args, **options)
         self._wakers: dict[asyncio.AbstractEventLoop, Waker] = {}
-        # By task: its last stream that a thread makes the ids for.
-        self._starts = weakref.WeakKeyDictionary[asyncio.Task[Any], weakref.ref[asyncio.Task[_core.Output]]]()
+        # By task: that of the last stream that a thread makes the ids for.
+        self._turns = weakref.WeakKeyDictionary[asyncio.Task[Any], Turn]()
 
     @property
     def adapters(self) -> AsyncAdapters:
@@ -228,7 +230,7 @@ class AsyncLLM(Client):
         return self._wakers[loop]
 
     def _stream(self, prompt: Prompt, sampling: Mapping[str, Any]) -> Stream:
-        waker, caller, before = self._waker(), asyncio.current_task(), self._last_start()
+        waker, caller, before = self._waker(), asyncio.current_task(), self._last_turn()
         params = make_sampling(sampling)
 
         def submit(ids: list[int]) -> _core.Output:
@@ -236,7 +238,7 @@ class AsyncLLM(Client):
 
         async def start() -> _core.Output:
             ids = await asyncio.to_thread(prompt.ids)
-            await _settled(before)
+            await _reached(before)
             return submit(ids)
 
         found: _core.Output | asyncio.Task[_core.Output]
@@ -244,16 +246,17 @@ class AsyncLLM(Client):
             found = submit(prompt.ids())
         else:
             found = asyncio.create_task(start())
+            turn: Turn = waker.loop.create_future()
+            found.add_done_callback(partial(_pass_on, turn, before))
             if caller is not None:
-                self._starts[caller] = weakref.ref(found)
+                self._turns[caller] = turn
         return Stream(found, prompt.adapter, waker, sampling.get("logprobs") is not None)
 
-    def _last_start(self) -> asyncio.Task[_core.Output] | None:
-        """What the calling task asked for before, if it is not submitted yet."""
+    def _last_turn(self) -> Turn | None:
+        """Of what the calling task asked for before, if it is not reached yet."""
         caller = asyncio.current_task()
-        last = self._starts.get(caller) if caller is not None else None
-        start = last() if last is not None else None
-        return start if start is not None and not start.done() else None
+        turn = self._turns.get(caller) if caller is not None else None
+        return turn if turn is not None and not turn.done() else None
 
     async def _run(self, prompts: list[Prompt], n: int, sampling: Mapping[str, Any]) -> list[Result]:
         waker, ended, is_new = self._waker(), list[int](), asyncio.Event()
@@ -270,7 +273,7 @@ class AsyncLLM(Client):
 
         feed = self._feed(prompts, n, sampling, submit)
         try:
-            await _settled(self._last_start())
+            await _reached(self._last_turn())
             while feed.num_left:
                 while feed.fill(SUBMITS_AT_ONCE, LONG_PROMPT):
                     if feed.long_prompt is not None:
@@ -286,7 +289,15 @@ class AsyncLLM(Client):
         return feed.results
 
 
-async def _settled(start: asyncio.Task[_core.Output] | None) -> None:
-    """Wait for the end of a start, whichever it is; to be cancelled here is not to cancel it."""
-    if start is not None:
-        await asyncio.wait([start])
+async def _reached(turn: Turn | None) -> None:
+    """Wait for a turn; to be cancelled here is not to cancel it."""
+    if turn is not None:
+        await asyncio.wait([turn])
+
+
+def _pass_on(turn: Turn, before: Turn | None, _: object) -> None:
+    """A stream is submitted or given up: its turn is reached, once the one before it is."""
+    if before is not None and not before.done():
+        before.add_done_callback(partial(_pass_on, turn, None))
+    else:
+        turn.set_result(None)

@@ -132,7 +132,7 @@ class Client:
     def _ids(self, prompt: PromptLike) -> list[int]:
         if isinstance(prompt, str):
             try:
-                return self._text().encode(prompt)
+                return self._text().encode(prompt, max_context=self.limits["max_context"])
             except UnicodeEncodeError as error:
                 raise RequestError(f"the prompt is no Unicode text: {error}") from None
         found: Any = _as_list(prompt)
@@ -167,6 +167,7 @@ class Client:
             kwargs=json.dumps(template_kwargs) if template_kwargs is not None else None,
             now_unix_s=int(time.mktime(now)),
             utc_offset_s=now.tm_gmtoff,
+            max_context=self.limits["max_context"],
         )
 
     def _text(self) -> _core.Text:

@@ -1,8 +1,10 @@
 """Streams and answers under asyncio."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -182,9 +184,16 @@ async def count_turns(awaited: Awaitable[object]) -> int:
     return turns
 
 
-def test_a_long_prompt_is_turned_into_ids_while_other_tasks_go_on() -> None:
+def slowly(make: Callable[..., list[int]], *arguments: Any, **options: Any) -> list[int]:
+    time.sleep(0.2)
+    return make(*arguments, **options)
+
+
+def test_a_long_prompt_is_turned_into_ids_while_other_tasks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(llm: slora.AsyncLLM) -> None:
-        text = "window water " * 20_000
+        text = "window water " * 1_000
+        for name in ("_ids", "_chat_ids"):
+            monkeypatch.setattr(llm, name, partial(slowly, getattr(llm, name)))
 
         async def refused(awaited: Awaitable[object]) -> None:
             with pytest.raises(slora.RequestError, match="maximum context length"):
@@ -223,6 +232,36 @@ def test_what_one_task_asks_for_is_submitted_in_its_order() -> None:
             assert len(stream.prompt_token_ids or []) == len(prompt) + 1
         short = llm.stream("a", max_tokens=1)
         assert short.prompt_token_ids is not None, "nothing is waited for any more"
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_what_is_cancelled_while_it_waits_lets_nobody_overtake(has_begun: bool) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        asked: list[list[int]] = []
+        submit, make_ids, may_go_on = llm._submit, llm._ids, threading.Event()
+
+        def note(ids: list[int], *rest: Any) -> Any:
+            asked.append(ids)
+            return submit(ids, *rest)
+
+        def ids(prompt: str) -> list[int]:
+            assert prompt != "window" or may_go_on.wait(20)
+            return make_ids(prompt)
+
+        llm._submit, llm._ids = note, ids  # type: ignore[method-assign, assignment]
+        prompts = ["window", "water", "kitten", "hello", "ladder"]
+        streams = [llm.stream(prompt, max_tokens=1) for prompt in prompts]
+        await asyncio.sleep(0.1 if has_begun else 0)
+        for left in streams[1:4]:
+            await left.aclose()
+        await asyncio.sleep(0.1)
+        assert asked == []
+        may_go_on.set()
+        await anext(streams[4])
+        assert asked == [make_ids("window"), make_ids("ladder")]
 
     run(body)
 

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import BASE, EXAMPLE
+from conftest import ADAPTERS, BASE, EXAMPLE
 from device import engine_options, tolerance
 from oracle import Oracle
 from transformers import AutoTokenizer
@@ -36,6 +37,21 @@ def test_lists_give_lists_in_order_and_one_prompt_gives_one_result(llm: slora.LL
     assert llm.generate(torch.tensor([1, 80, 81, 82]), **GREEDY).text == "abc"  # type: ignore[call-overload]
     assert llm.generate(list(torch.tensor([1, 80, 81, 82]).numpy()), **GREEDY).text == "abc"
     assert llm.generate([], **GREEDY) == []
+
+
+@pytest.mark.parametrize("max_step", [1, 7])
+def test_it_goes_on_when_step_numbers_begin_again(monkeypatch: pytest.MonkeyPatch, max_step: int) -> None:
+    monkeypatch.setattr(slora._core, "Core", partial(slora._core.Core, max_step=max_step))
+    adapters = {name: ADAPTERS / name for name in ("reverse", "upper", "spell")}
+    with slora.LLM(BASE, adapters=adapters, **engine_options()) as llm:
+        pages = max(adapter.num_pages for adapter in llm.adapters.values()) + 4
+        small = engine_options(pool_bytes=pages * llm.stats().page_bytes, max_context=64, max_running=4)
+    with slora.LLM(BASE, adapters=adapters, **small) as llm:
+        results = llm.generate(["abc"] * 60, adapter=["reverse", "upper", "spell", None] * 15, **GREEDY)
+        assert [result.text for result in results] == ["cba", "ABC", "a-b-c", "abc"] * 15
+        stats = llm.stats()
+        assert stats.steps > 50
+        assert stats.adapter_evictions > 3
 
 
 def test_a_result_says_what_was_asked_and_what_it_took(llm: slora.LLM) -> None:
@@ -88,6 +104,19 @@ def test_chat_renders_as_transformers_and_never_doubles_special_tokens(llm: slor
     assert result.text == "HELLO"
     several = llm.chat([messages, messages[1:2]], adapter=["upper", "reverse"], temperature=0)
     assert [result.text for result in several] == ["HELLO", "cba"]
+
+
+def test_text_that_is_too_long_whatever_its_tokens_are_is_refused_before_it_is_tokenized(llm: slora.LLM) -> None:
+    text, max_context = "ab " * 100_000, llm.limits["max_context"]
+    refused = rf"maximum context length is {max_context} tokens, which is at most \d+ bytes .* has 30\d{{4}}; hint: "
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.generate(text)
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.generate(["ab", text])
+    with pytest.raises(slora.RequestError, match=refused):
+        llm.chat([{"role": "user", "content": text}])
+    with pytest.raises(slora.RequestError, match=f"maximum context length is {max_context} tokens, but the request"):
+        llm.generate("ab " * max_context)
 
 
 def test_a_chat_takes_text_only_and_continues_what_it_is_told_to(llm: slora.LLM) -> None:

@@ -28,7 +28,7 @@ class FakeEvent:
 
 
 class Device:
-    """What was enqueued on the copy stream, in order: ("copy", pages) or ("value", number)."""
+    """What was enqueued, in order: ("copy", pages), ("value", number), or ("wait", the number so far)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_layers: int, *, kernels_wait: bool = True) -> None:
         self.enqueued: list[tuple[str, Any]] = []
@@ -36,7 +36,7 @@ class Device:
         monkeypatch.setattr(page_copy, "_copy", lambda to, _from, _size, _on: self.enqueued.append(("copy", to)))
         monkeypatch.setattr(page_copy, "_write_value", lambda _word, value, _on: self.enqueued.append(("value", value)))
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-        stream = SimpleNamespace(cuda_stream=0, wait_event=self.waited_for.append)
+        stream = SimpleNamespace(cuda_stream=0, wait_event=self.waited_for.append, wait_stream=self.wait)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         self.copies: Any = PageCopies.__new__(PageCopies)
         self.copies.__dict__ |= {
@@ -45,8 +45,13 @@ class Device:
             "_host": SimpleNamespace(addresses=range(1 << 20)),
             "_pool": SimpleNamespace(pages=torch.zeros(0), page_bytes=1, config=SimpleNamespace(num_layers=num_layers)),
             "_kernels_wait": kernels_wait,
-            "arrived": None,
+            "_last_step": 0,
+            "arrived": torch.tensor([-1]),
         }
+
+    def wait(self, stream: object) -> None:
+        assert stream is torch.cuda.current_stream()
+        self.enqueued.append(("wait", self.copies.arrived.item()))
 
     def issue(self, step: int, layers: list[int]) -> None:
         arrays = {"copy_host_pages": range(len(layers)), "copy_pages": range(len(layers)), "copy_layers": layers}
@@ -99,6 +104,29 @@ def test_a_step_is_not_content_with_what_an_earlier_one_brought(monkeypatch: pyt
     assert before < 9 << 32 | 1, "complete for step 8, nothing for step 9"
     assert device.enqueued[-1][1] >= 9 << 32 | 4
     assert device.enqueued[5][1] > 8 << 32 | 4, "whoever needs step 8 waits no more"
+
+
+@pytest.mark.parametrize(("last", "next_one"), [(2**31 - 1, 2), (5, 5)])
+def test_when_step_numbers_begin_again_nothing_of_before_has_arrived(
+    monkeypatch: pytest.MonkeyPatch, last: int, next_one: int
+) -> None:
+    """Kernels of the new steps would read pages that are not there, if the number of before still stood."""
+    device = Device(monkeypatch, 2)
+    device.issue(last, [0])
+    assert not any(kind == "wait" for kind, _ in device.enqueued)
+    device.enqueued.clear()
+    device.issue(next_one, [0])
+    assert device.enqueued[0] == ("wait", 0), "zero, behind the steps of before and ahead of the first copy"
+    assert [kind for kind, _ in device.enqueued[1:]] == ["copy", "value"]
+    device.issue(next_one + 1, [0])
+    assert sum(kind == "wait" for kind, _ in device.enqueued) == 1
+
+
+def test_when_step_numbers_begin_again_kernels_that_do_not_wait_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, 2, kernels_wait=False)
+    device.issue(7, [0])
+    device.issue(1, [0])
+    assert device.copies.arrived.item() == -1, "the highest number"
 
 
 def test_events_are_waited_for_where_streams_write_no_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,28 @@ fn two_pinned_adapters_do_not_chase_each_other_out_of_the_host_tier() {
 }
 
 #[test]
+fn step_numbers_begin_again_and_nothing_else_changes() {
+    let run = |max_step: u32| {
+        let mut world = World::new(EngineConfig { num_pages: 12, max_step, max_copy_pages: 2, ..config() }, 0);
+        for name in ["a", "b", "c"] {
+            world.register(name, 3, false).unwrap();
+        }
+        for i in 0..12 {
+            submit(&mut world, [Some("a"), Some("b"), None, Some("c")][i % 4], 6, 8);
+        }
+        world.run_to_the_end();
+        (world.engine.stats(), world.num_ended)
+    };
+    let (whole, ended) = run(i32::MAX as u32);
+    assert!(whole.steps > 30 && whole.adapter_evictions > 2 && ended["length"] == 12, "{whole:?}");
+    for max_step in 1..30 {
+        let (stats, also_ended) = run(max_step);
+        assert_eq!(also_ended, ended, "the executor has compared every token");
+        assert_eq!(stats.generated_tokens, whole.generated_tokens);
+    }
+}
+
+#[test]
 fn a_pinned_adapter_arrives_without_a_request_however_large_it_is() {
     let mut world = World::new(EngineConfig { max_copy_pages: 2, prefetch: false, ..config() }, 0);
     world.register("p", 5, false).unwrap();

@@ -254,6 +254,25 @@ fn what_is_wrong_with_http_is_in_openais_shape_too() {
 }
 
 #[test]
+fn what_an_admin_sends_is_short() {
+    let world = World::configured(json!({"admin_keys": ["admin"]}));
+    let sent = |method: &str, path: &str, bytes: usize| {
+        let empty = json!({"padding": ""}).to_string().len();
+        world.ask("admin", method, path, Some(&json!({"padding": "x".repeat(bytes - empty)}))).error()
+    };
+    let routes = [("POST", "/v1/load_lora_adapter"), ("PUT", "/v1/adapters/a"), ("POST", "/v1/adapters/validate")];
+    for (method, path) in routes {
+        assert_ne!(sent(method, path, 64 << 10).0, 413);
+        assert_eq!(sent(method, path, (64 << 10) + 1), (413, "body_too_large".into()));
+    }
+    assert_eq!(
+        sent("POST", "/v1/completions", 1 << 20),
+        (400, "missing_required_parameter".into()),
+        "of others, longer ones"
+    );
+}
+
+#[test]
 fn a_prompt_that_is_too_long_is_told_so_in_the_words_that_tools_look_for() {
     let world = World::new();
     let long = |prompt: Value| world.post("/v1/completions", &with(completion(4), json!({"prompt": prompt})));

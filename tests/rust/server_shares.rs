@@ -24,13 +24,19 @@ struct Shop {
 
 impl Shop {
     fn open(limits: Value, engine: EngineConfig, step_time: Duration) -> Self {
+        Self::with_quota(json!({}), limits, engine, step_time)
+    }
+
+    /// `quota`: of the key that floods.
+    fn with_quota(quota: Value, limits: Value, engine: EngineConfig, step_time: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys.json");
         let key = |name: &str| {
             let sha256: String = Sha256::digest(name).iter().map(|byte| format!("{byte:02x}")).collect();
             json!({"sha256": sha256, "tenant": name})
         };
-        std::fs::write(&path, json!({"keys": [key("flood"), key("light")]}).to_string()).unwrap();
+        let keys = [with(key("flood"), quota), key("light")];
+        std::fs::write(&path, json!({"keys": keys}).to_string()).unwrap();
         let world = World::with(json!({"api_keys_file": path, "limits": limits}), engine, step_time);
         Self { world, _folder: folder }
     }
@@ -142,6 +148,79 @@ fn what_clients_have_left_counts_until_the_engine_has_let_go_of_it() {
     assert_eq!(shop.complete("light").status, 200);
     drop(first);
     shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
+fn a_key_has_its_place_again_when_the_engine_has_let_go() {
+    let quota = json!({"concurrency": 1});
+    let shop = Shop::with_quota(quota, json!({}), EngineConfig::default(), Duration::from_secs(2));
+    let body = with(completion(200), json!({"stream": true})).to_string();
+    let light = shop.world.open("POST", "/v1/completions", &[("authorization", "Bearer light")], Some(&body));
+    shop.world.wait_until("a step runs", |stats| stats.running == 1);
+    let left = shop.send_flood(&body);
+    shop.wait_for("the step thread is asked", |[requests, ..]| requests == 2);
+    drop(left);
+    let is_seen = || {
+        let metrics = shop.world.ask("light", "GET", "/metrics", None).body;
+        let mut finished = metrics.lines().filter(|line| line.starts_with("vllm:request_success_total"));
+        finished.any(|line| line.contains("finished_reason=\"abort\"") && line.ends_with(" 1"))
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_seen() {
+        assert!(Instant::now() < deadline, "the server has not seen that the client has left");
+    }
+    assert_eq!(shop.complete("flood").error(), (429, "rate_limit_exceeded".into()));
+    shop.world.set_step_time(Duration::ZERO);
+    while shop.complete("flood").status != 200 {
+        assert!(Instant::now() < deadline, "the place never comes back");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(light);
+}
+
+#[test]
+fn whatever_clients_do_all_places_come_back() {
+    let engine = EngineConfig { max_running: 3, ..EngineConfig::default() };
+    let shop = Shop::with_quota(json!({"concurrency": 4}), json!({}), engine, Duration::from_millis(2));
+    let kinds = [
+        json!({}),
+        json!({"stream": true}),
+        json!({"n": 3, "stream": true}),
+        json!({"n": 2, "stop": ["c"]}),
+        json!({"prompt": vec!["x"; 4], "stop": ["b"], "stream": true}),
+        json!({"model": "nobody"}),
+        json!({"prompt": "x".repeat(100), "stream": true}),
+    ];
+    let bodies = kinds.map(|fields| with(completion(40), fields).to_string());
+    let mut statuses = std::collections::BTreeMap::<u16, usize>::new();
+    for i in 0..400 {
+        let stream = shop.send_flood(&bodies[i % bodies.len()]);
+        // Some leave at once, some later, some stay.
+        std::thread::sleep(Duration::from_millis([0, 0, 1, 3, 9][i % 5]));
+        if i % 3 == 0 {
+            *statuses.entry(Response::read(stream).status).or_default() += 1;
+        }
+    }
+    assert!([200, 404, 429].iter().all(|status| statuses.contains_key(status)), "{statuses:?}");
+    let whole = with(completion(1), json!({"n": 4}));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while shop.world.ask("flood", "POST", "/v1/completions", Some(&whole)).status != 200 {
+        assert!(Instant::now() < deadline, "a place never comes back");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    shop.wait_for("everything was given back", |unfinished| unfinished == [0; 3]);
+}
+
+#[test]
+fn whoever_has_its_answer_may_ask_again_at_once() {
+    let shop = Shop::with_quota(json!({"concurrency": 1}), json!({}), EngineConfig::default(), Duration::ZERO);
+    let stopped = with(completion(200), json!({"stop": ["c"]}));
+    for body in [completion(6), stopped] {
+        for _ in 0..50 {
+            let answer = shop.world.ask("flood", "POST", "/v1/completions", Some(&body));
+            assert_eq!(answer.status, 200, "{answer:?}");
+        }
+    }
 }
 
 #[test]

@@ -265,10 +265,23 @@ fn text_prompts_add_special_tokens_and_chat_does_not_double_them() {
     kwargs.insert("x".to_owned(), json!(1));
     let input = ChatInput { messages: json!([{"role": "user", "content": "he a"}]), kwargs, ..ChatInput::default() };
     assert_eq!(model.render_chat(&input).unwrap(), "<s>he a</s>1");
-    let ids = model.encode_chat(&input).unwrap();
+    let ids = model.encode_chat(&input, 7).unwrap();
     assert_eq!(ids.iter().filter(|id| **id == bos[0]).count(), 1);
     assert_eq!(model.decode(&ids, false).unwrap(), "<s>he a</s>1");
     assert_eq!(model.decode(&ids, true).unwrap(), "he a1");
+}
+
+#[test]
+fn text_that_no_tokens_could_bring_into_the_context_is_refused() {
+    let model = Folder::new("long", &bare()).load().unwrap();
+    let longest = model.longest_token_bytes();
+    assert!(
+        longest > 1 && model.check_len(3 * longest, 3).is_ok() && model.check_len(usize::MAX / 2, u32::MAX).is_err()
+    );
+    let error = model.check_len(3 * longest + 1, 3).unwrap_err();
+    assert_eq!(error, TextError::TooLong { bytes: 3 * longest + 1, limit: 3 * longest, max_context: 3 });
+    let message = error.to_string();
+    assert!(message.contains("maximum context length is 3 tokens") && message.contains("hint: "), "{message}");
 }
 
 #[test]

@@ -30,6 +30,7 @@ class PageCopies:
         self._pending: deque[tuple[int, torch.cuda.Event]] = deque()
         self.arrived = torch.zeros(1, dtype=torch.int64, device=pool.device)
         """step << 32 | n: what the first n layers need of the step's copies has arrived, and all of earlier steps."""
+        self._last_step = 0
         self._kernels_wait = _can_write_values()
         if not self._kernels_wait:
             self.arrived.fill_(-1)  # the highest number
@@ -42,6 +43,11 @@ class PageCopies:
         step = plan.counts.step
         assert plan.counts.copies_wait_step != step, "copies wait for the step that waits for them"
         assert self._host is not None, "a plan copies from a host tier that is not there"
+        if step <= self._last_step and self._kernels_wait:
+            # Numbers began again, and no step in flight waits for copies (Engine::restart_steps).
+            self.arrived.zero_()
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._last_step = step
         if wait_for is not None:
             self._stream.wait_event(wait_for)
         addresses, base = self._host.addresses, self._pool.pages.data_ptr()

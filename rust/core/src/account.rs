@@ -55,6 +55,27 @@ impl Default for Account {
     }
 }
 
+/// Whose requests stand in one line.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Holder {
+    /// First come, first served: nobody is told apart.
+    Everyone,
+    Base,
+    Adapter(Arc<str>),
+    Tenant(Arc<str>),
+}
+
+impl Holder {
+    /// Of a request for this adapter, or for the base.
+    pub fn of(account: &Account, adapter: Option<&Arc<str>>) -> Self {
+        match (&account.tenant, adapter) {
+            (Some(tenant), _) => Self::Tenant(tenant.clone()),
+            (None, Some(name)) => Self::Adapter(name.clone()),
+            (None, None) => Self::Base,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

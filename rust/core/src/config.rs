@@ -59,6 +59,8 @@ pub struct EngineConfig {
     pub prefetch: bool,
     /// Who gives way.
     pub eviction: Eviction,
+    /// The highest number of a step. The next one is number 1 again, when nothing in flight has a number.
+    pub max_step: u32,
     /// What it costs to bring an adapter page back from the host tier, in nanoseconds.
     pub host_page_cost_ns: u32,
     /// What it costs to bring an adapter page back from disk, in nanoseconds.
@@ -85,6 +87,7 @@ impl Default for EngineConfig {
             queue: QueueOrder::default(),
             prefetch: true,
             eviction: Eviction::default(),
+            max_step: i32::MAX as u32,
             host_page_cost_ns: 40_000,
             disk_page_cost_ns: 2_000_000,
         }
@@ -129,6 +132,7 @@ impl EngineConfig {
             ("vocab_size", self.vocab_size),
             ("max_loads", self.max_loads),
             ("max_copy_pages", self.max_copy_pages),
+            ("max_step", self.max_step),
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(ConfigError::Zero(name));
@@ -142,6 +146,7 @@ impl EngineConfig {
             ("num_host_pages", u64::from(self.num_host_pages), i32::MAX as u64),
             ("vocab_size", u64::from(self.vocab_size), i32::MAX as u64),
             ("max_batch_tokens", u64::from(self.max_batch_tokens), 1 << 20),
+            ("max_step", u64::from(self.max_step), i32::MAX as u64),
         ];
         if let Some(&(name, value, limit)) = bounded.iter().find(|(_, value, limit)| value > limit) {
             return Err(ConfigError::TooLarge { name, value, limit });

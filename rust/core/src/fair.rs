@@ -1,20 +1,12 @@
 //! Fair queueing within one priority, by virtual token counters ("Fairness in Serving Large Language Models", OSDI '24).
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
-use std::sync::Arc;
+mod walk;
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::account::Holder;
 use crate::load_shares::LoadShares;
-
-/// Whose requests stand in one line.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Holder {
-    /// First come, first served: nobody is told apart.
-    Everyone,
-    Base,
-    Adapter(Arc<str>),
-    Tenant(Arc<str>),
-}
+pub(crate) use walk::Walk;
 
 /// The requests of one account.
 #[derive(Debug)]
@@ -53,27 +45,6 @@ pub(crate) struct Class {
     resumed: BTreeMap<u64, u32>,
     unfinished: u32,
     pub loads: LoadShares,
-}
-
-/// A look at the ready requests in the order in which they would be admitted, each counted as if it were. So an account
-/// whose requests cannot be admitted yet keeps its turn and does not fill the view.
-#[derive(Debug, Default)]
-pub(crate) struct Walk {
-    id: u64,
-    next_resumed: u64,
-    position: (u128, u32),
-    /// Lines come to: counter, next request, line.
-    opened: BinaryHeap<Reverse<(u128, u64, u32)>>,
-}
-
-impl Walk {
-    /// Starts anew.
-    pub fn rewind(&mut self) {
-        self.id += 1;
-        self.next_resumed = 0;
-        self.position = (0, 0);
-        self.opened.clear();
-    }
 }
 
 impl Class {
@@ -186,43 +157,6 @@ impl Class {
         self.active.insert((line.listed, index));
     }
 
-    /// The walk's next request.
-    pub fn next(&mut self, walk: &mut Walk) -> Option<u32> {
-        if let Some((&seq, &place)) = self.resumed.range(walk.next_resumed..).next() {
-            walk.next_resumed = seq + 1;
-            return Some(place);
-        }
-        loop {
-            self.open_lines(walk);
-            let Reverse((counter, from, index)) = walk.opened.pop()?;
-            let mut requests = self.lines[index as usize].ready.range(from..);
-            let Some((_, &(place, cost))) = requests.next() else { continue };
-            if let Some((next, _)) = requests.next() {
-                walk.opened.push(Reverse((counter + u128::from(cost), *next, index)));
-            }
-            return Some(place);
-        }
-    }
-
-    /// Comes to the lines that may have the next request.
-    fn open_lines(&mut self, walk: &mut Walk) {
-        while let Some((key, index)) = self.active.range(walk.position..).next().copied() {
-            if walk.opened.peek().is_some_and(|Reverse((counter, ..))| *counter < key) {
-                return;
-            }
-            let line = &mut self.lines[index as usize];
-            if line.counter != key {
-                self.list_anew(key, index);
-                continue;
-            }
-            walk.position = (key, index + 1);
-            if std::mem::replace(&mut line.walk, walk.id) != walk.id {
-                let first = line.ready.first_key_value().map_or(0, |(seq, _)| *seq);
-                walk.opened.push(Reverse((key, first, index)));
-            }
-        }
-    }
-
     /// Ready requests, in no order.
     pub fn ready(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
         let lines = self.lines.iter().flat_map(|line| line.ready.iter().map(|(seq, (place, _))| (*seq, *place)));
@@ -274,12 +208,12 @@ mod tests {
 
         fn first(&mut self) -> Option<u32> {
             self.walk.rewind();
-            self.class.next(&mut self.walk)
+            self.walk.next(&mut self.class)
         }
 
         fn order(&mut self) -> Vec<u32> {
             self.walk.rewind();
-            std::iter::from_fn(|| self.class.next(&mut self.walk)).collect()
+            std::iter::from_fn(|| self.walk.next(&mut self.class)).collect()
         }
 
         /// It is admitted, and ends when it is told to leave.

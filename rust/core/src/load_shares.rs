@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::fair::Holder;
+use crate::account::Holder;
 
 /// Where the accounts of one priority stand in the order of loads, apart from their tokens: whose queue is long must not
 /// hold up the first load of another, nor wait for ever behind those whose queues are short.

@@ -98,10 +98,15 @@ impl PagePool {
         }
     }
 
-    /// The last step launched when the page was last freed; 0: never.
+    /// The last step launched when the page was last freed; 0: never, or all steps of then have ended.
     #[inline]
     pub fn freed_step(&self, page: u32) -> u32 {
         self.freed_step[page as usize]
+    }
+
+    /// All launched steps have ended, and their numbers begin again: no page was freed since.
+    pub fn forget_steps(&mut self) {
+        self.freed_step.fill(0);
     }
 
     /// What the page holds.
@@ -144,6 +149,8 @@ mod tests {
         assert_eq!((pool.num_free(), pool.owner(page)), (1, Owner::Kv));
         pool.free(page, 4);
         assert_eq!((pool.num_free(), pool.owner(page), pool.freed_step(page)), (2, Owner::Free, 4));
+        pool.forget_steps();
+        assert_eq!(pool.freed_step(page), 0);
         pool.check();
     }
 

@@ -124,7 +124,7 @@ impl PlanLayout {
 /// The plan's scalars; also its first array, in this order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Number of the step, from 1.
+    /// Number of the step, from 1 to `max_step`, then from 1 again; when it is 1, nothing in flight has a number.
     pub step: u32,
     /// Token rows.
     pub num_rows: u32,

@@ -4,8 +4,9 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::fair::{Class, Holder, Walk};
-use crate::{Account, QueueOrder};
+use crate::account::{Account, Holder};
+use crate::config::QueueOrder;
+use crate::fair::{Class, Walk};
 
 /// Costs are counted in this part of a prompt token at weight 1, so that weights divide finely enough.
 const UNITS: f64 = (1u64 << 20) as f64;
@@ -79,7 +80,7 @@ impl Queue {
     pub fn enter(&mut self, account: &Account, adapter: Option<&Arc<str>>, seq: u64, prompt_len: u32) -> Ticket {
         let (holder, token_cost) = match self.order {
             QueueOrder::Fcfs => (Holder::Everyone, 0),
-            QueueOrder::Fair => (holder(account, adapter), (UNITS / account.weight) as u64),
+            QueueOrder::Fair => (Holder::of(account, adapter), (UNITS / account.weight) as u64),
         };
         let prompt_cost = token_cost * u64::from(prompt_len);
         let priority = Reverse(account.priority);
@@ -188,7 +189,7 @@ impl Queue {
     pub fn next(&mut self) -> Option<u32> {
         loop {
             let (priority, class) = self.classes.range_mut(self.walk_priority..).next()?;
-            if let Some(place) = class.next(&mut self.walk) {
+            if let Some(place) = self.walk.next(class) {
                 self.walk_priority = *priority;
                 return Some(place);
             }
@@ -209,14 +210,6 @@ impl Queue {
         let counted: u32 = self.classes.values().map(Class::unfinished).sum();
         assert_eq!(counted, unfinished, "every unfinished request is in a class");
         self.classes.values().for_each(Class::check);
-    }
-}
-
-fn holder(account: &Account, adapter: Option<&Arc<str>>) -> Holder {
-    match (&account.tenant, adapter) {
-        (Some(tenant), _) => Holder::Tenant(tenant.clone()),
-        (None, Some(name)) => Holder::Adapter(name.clone()),
-        (None, None) => Holder::Base,
     }
 }
 

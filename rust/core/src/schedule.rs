@@ -47,6 +47,9 @@ impl Engine {
     pub fn schedule(&mut self, now_us: u64, buffer: &mut [i32]) -> Option<Counts> {
         assert!(self.launched.len() <= 1, "planning is at most one step ahead of the commit");
         assert!(buffer.len() >= self.layout.num_words(), "a plan fits its buffer");
+        if self.step == self.config.max_step && !self.restart_steps() {
+            return None;
+        }
         self.scratch.clear();
         let (budget, has_preempted) = self.plan_running(now_us);
         let is_short = has_preempted || self.admit(now_us, budget);
@@ -61,6 +64,17 @@ impl Engine {
         self.stats.steps += 1;
         self.stats.rows += u64::from(counts.num_rows);
         Some(counts)
+    }
+
+    /// The next step is number 1 again, unless something in flight has a number: so of two numbers the greater is always the
+    /// later, here and in the executor, however long the engine runs.
+    fn restart_steps(&mut self) -> bool {
+        let is_quiet = self.launched.is_empty() && self.copying.is_empty();
+        if is_quiet {
+            self.step = 0;
+            self.pages.forget_steps();
+        }
+        is_quiet
     }
 
     /// Gives every running request its rows: first one to each that decodes, then prompts as far as the budget goes.

@@ -62,7 +62,7 @@ impl Core {
     #[new]
     #[pyo3(signature = (base, text, *, slabs, keep_alive, num_pages, page_tokens, max_batch_tokens, max_running,
                         max_waiting, max_adapters, max_context, eos_token_ids, queue="fcfs", prefetch=true,
-                        eviction="cost", max_copy_pages=None, num_loaders=2, num_ready_slabs=None, seed=0))]
+                        eviction="cost", max_copy_pages=None, max_step=None, num_loaders=2, num_ready_slabs=None, seed=0))]
     #[allow(clippy::too_many_arguments, reason = "keywords of a Python call")]
     fn new(
         base: &Base,
@@ -81,6 +81,7 @@ impl Core {
         prefetch: bool,
         eviction: &str,
         max_copy_pages: Option<u32>,
+        max_step: Option<u32>,
         num_loaders: usize,
         num_ready_slabs: Option<usize>,
         seed: u64,
@@ -90,6 +91,7 @@ impl Core {
             "lru" => Eviction::Lru,
             other => return Err(config_error(format!("eviction = {other:?} must be \"cost\" or \"lru\""))),
         };
+        let defaults = EngineConfig::default();
         let engine = EngineConfig {
             num_pages,
             page_tokens,
@@ -106,7 +108,8 @@ impl Core {
             queue: queue_order(queue)?,
             prefetch,
             eviction,
-            ..EngineConfig::default()
+            max_step: max_step.unwrap_or(defaults.max_step),
+            ..defaults
         };
         let host = buffers::host_memory(&slabs, base.0.page_bytes as usize, num_ready_slabs)?;
         let config = RuntimeConfig { engine, base: base.0.clone(), num_loaders, seed };

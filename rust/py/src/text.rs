@@ -20,8 +20,15 @@ impl Text {
         py.detach(|| TextModel::from_dir(&path)).map(|model| Self(Arc::new(model))).map_err(load_error)
     }
 
-    #[pyo3(signature = (text, add_special_tokens=true))]
-    fn encode(&self, py: Python<'_>, text: &str, add_special_tokens: bool) -> PyResult<Vec<u32>> {
+    #[pyo3(signature = (text, add_special_tokens=true, *, max_context=None))]
+    fn encode(
+        &self,
+        py: Python<'_>,
+        text: &str,
+        add_special_tokens: bool,
+        max_context: Option<u32>,
+    ) -> PyResult<Vec<u32>> {
+        self.0.check_len(text.len(), max_context.unwrap_or(u32::MAX)).map_err(bad_request)?;
         py.detach(|| self.0.encode(text, add_special_tokens)).map_err(bad_request)
     }
 
@@ -31,7 +38,7 @@ impl Text {
     }
 
     #[pyo3(signature = (messages, *, tools=None, add_generation_prompt=true, continue_final_message=false, kwargs=None,
-                        now_unix_s=0, utc_offset_s=0))]
+                        now_unix_s=0, utc_offset_s=0, max_context=None))]
     #[allow(clippy::too_many_arguments, reason = "keywords of a Python call")]
     fn encode_chat(
         &self,
@@ -43,6 +50,7 @@ impl Text {
         kwargs: Option<&str>,
         now_unix_s: i64,
         utc_offset_s: i32,
+        max_context: Option<u32>,
     ) -> PyResult<Vec<u32>> {
         py.detach(|| {
             let input = ChatInput {
@@ -58,7 +66,7 @@ impl Text {
                 now_unix_s,
                 utc_offset_s,
             };
-            self.0.encode_chat(&input).map_err(bad_request)
+            self.0.encode_chat(&input, max_context.unwrap_or(u32::MAX)).map_err(bad_request)
         })
     }
 

@@ -22,12 +22,14 @@ mod mailbox;
 mod output;
 mod runtime;
 mod stepper;
+mod submission;
 mod timings;
 
 pub use error::{RegisterError, RequestError};
 pub use host::HostMemory;
 pub use mailbox::{Mailbox, Wake};
 pub use output::{Delta, End, Output, Piece, TokenLogprobs};
-pub use runtime::{AdapterDetails, Runtime, RuntimeConfig, Snapshot, State, Submission};
+pub use runtime::{AdapterDetails, Runtime, RuntimeConfig, Snapshot, State};
 pub use stepper::{StepLogprobs, Stepper};
+pub use submission::Submission;
 pub use timings::{Distribution, Lookups, Timings};

@@ -5,11 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
-use slora_core::{
-    Account, AdapterInfo, ConfigError, Engine, EngineConfig, NewRequest, RequestId, SamplingParams, SubmitError,
-};
+use slora_core::{AdapterInfo, ConfigError, Engine, EngineConfig, NewRequest, RequestId, SubmitError};
 use slora_store::{Adapter, BaseSpec, Report};
-use slora_text::{Detokenizer, StopStrings, TextModel};
+use slora_text::TextModel;
 
 use crate::delivery::{Delivery, Message};
 use crate::directory::Directory;
@@ -17,9 +15,9 @@ use crate::error::{RegisterError, RequestError};
 use crate::host::HostMemory;
 use crate::inbox::{Command, Inbox, Refused};
 use crate::loader::{self, Loader};
-use crate::mailbox::Wake;
-use crate::output::{Channel, ChannelSpec, End, Output, TextState};
+use crate::output::{Channel, ChannelSpec, End, Output};
 use crate::stepper::Stepper;
+use crate::submission::Submission;
 use crate::timings::Timings;
 
 /// What the runtime is told once.
@@ -54,32 +52,6 @@ pub struct Snapshot {
     pub engine: slora_core::Stats,
     /// Time that loads from disk took, in microseconds, summed up.
     pub load_us: u64,
-}
-
-/// One request, as a client gives it.
-pub struct Submission {
-    /// Token ids, at least one.
-    pub prompt: Vec<u32>,
-    /// The adapter's name; `None`: the base model.
-    pub adapter: Option<Arc<str>>,
-    /// Whose share of the machine it uses.
-    pub account: Account,
-    /// How tokens are chosen. `seed`, `max_tokens` and `has_stop_strings` are overwritten from the fields below.
-    pub params: SamplingParams,
-    /// `None`: as many tokens as the context holds.
-    pub max_tokens: Option<u32>,
-    /// `None`: one that no other request has.
-    pub seed: Option<u64>,
-    /// Strings that end the text.
-    pub stops: Vec<String>,
-    /// Whether the text keeps the stop string that ended it.
-    pub include_stop: bool,
-    /// Whether special tokens are left out of the text.
-    pub skip_special_tokens: bool,
-    /// Told when there is something new.
-    pub wake: Arc<dyn Wake>,
-    /// Whether each token is something new, or only the end.
-    pub wakes_on_token: bool,
 }
 
 /// An adapter as its name means it now.
@@ -203,8 +175,8 @@ impl Runtime {
     /// Stop strings that cannot be looked for, too many requests on their way, a stopped engine.
     pub fn submit(&self, submission: Submission) -> Result<Output, RequestError> {
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let text = self.text_state(&submission)?;
-        let params = self.params(&submission, id);
+        let text = submission.text_state(self.text.as_ref())?;
+        let params = submission.params(id, self.config.max_context, self.seed);
         let Submission { prompt, adapter, account, wake, wakes_on_token, .. } = submission;
         let spec = ChannelSpec {
             id,
@@ -222,25 +194,6 @@ impl Runtime {
             Ok(()) => Ok(output),
             Err(Refused::Full) => Err(SubmitError::QueueFull { max_waiting }.into()),
             Err(Refused::Closed) => Err(self.stopped()),
-        }
-    }
-
-    fn params(&self, submission: &Submission, id: RequestId) -> SamplingParams {
-        let left = self.config.max_context.saturating_sub(submission.prompt.len() as u32);
-        SamplingParams {
-            max_tokens: submission.max_tokens.unwrap_or(left.max(1)),
-            seed: submission.seed.unwrap_or_else(|| mix(self.seed, id.0)),
-            has_stop_strings: !submission.stops.is_empty(),
-            ..submission.params.clone()
-        }
-    }
-
-    fn text_state(&self, submission: &Submission) -> Result<Option<TextState>, RequestError> {
-        let stops = StopStrings::new(submission.stops.clone(), submission.include_stop)?;
-        match &self.text {
-            Some(model) => Ok(Some(TextState::new(Detokenizer::new(model, submission.skip_special_tokens), stops))),
-            None if stops.is_empty() => Ok(None),
-            None => Err(RequestError::NoTokenizer("stop strings cannot be looked for")),
         }
     }
 
@@ -417,12 +370,4 @@ fn check_name(name: &str) -> Result<(), RegisterError> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     let is_name = !name.is_empty() && name.len() <= Runtime::MAX_NAME_LEN && name.bytes().all(is_allowed);
     is_name.then_some(()).ok_or_else(|| RegisterError::Name(name.to_owned()))
-}
-
-/// Spreads (seed, number) over 64 bits (SplitMix64).
-fn mix(seed: u64, number: u64) -> u64 {
-    let mut z = seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

@@ -132,7 +132,7 @@ impl Stepper {
     pub fn copies_done(&mut self, step: u32) {
         self.engine.copies_done(step);
         while let Some((copied, since)) = self.copying.front().copied()
-            && step.wrapping_sub(copied) as i32 >= 0
+            && copied <= step
         {
             self.copying.pop_front();
             self.shared.timings().host_loads.observe(since.elapsed().as_secs_f64());

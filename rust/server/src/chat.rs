@@ -8,7 +8,7 @@ use crate::app::App;
 use crate::completions::no_tokenizer;
 use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
-use crate::inference::{Admitted, Inference, admit, check_text_len, run};
+use crate::inference::{Admitted, Inference, admit, run};
 use crate::log::unix_time_s;
 use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -97,11 +97,9 @@ fn read(call: &mut Call) -> Result<Asked, ApiError> {
     Ok(Asked { inference, admitted, input })
 }
 
-/// Messages → ids, with the length of the rendered text checked in between.
+/// Messages → ids.
 pub(crate) fn encode(app: &App, text: &TextModel, input: &ChatInput) -> Result<Vec<u32>, ApiError> {
-    let prompt = text.render_chat(input).map_err(|error| text_error(&error))?;
-    check_text_len(app, prompt.len())?;
-    text.encode(&prompt, false).map_err(|error| text_error(&error))
+    text.encode_chat(input, app.runtime.config().max_context).map_err(|error| text_error(&error))
 }
 
 /// The fields that the chat template sees.

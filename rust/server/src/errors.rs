@@ -151,6 +151,7 @@ pub(crate) fn text_error(error: &TextError) -> ApiError {
     let message = error.to_string();
     match error {
         TextError::TooManyStops { .. } | TextError::StopLength { .. } => ApiError::invalid("stop", message),
+        TextError::TooLong { .. } => ApiError::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message),
         TextError::NoChatTemplate => {
             ApiError::new(StatusCode::BAD_REQUEST, "no_chat_template", message).with_param("messages")
         }

@@ -29,12 +29,15 @@ struct Bell {
 struct Ringer {
     bell: Arc<Bell>,
     index: u32,
-    _held: Held,
+    _held: Arc<Mutex<Held>>,
 }
 
 /// What a generation takes of the limits. Its requests' wakers have it too, so that what a client has left is counted until
 /// the engine has let go of it: else clients that come and go within one step would fill the engine's own queue.
-type Held = Arc<Mutex<Option<Reservation>>>;
+struct Held {
+    reservation: Option<Reservation>,
+    place: Option<Place>,
+}
 
 impl Wake for Ringer {
     fn wake(&self, _: RequestId) {
@@ -74,10 +77,9 @@ pub(crate) struct Generation {
     adapter: Option<Arc<str>>,
     metrics: Arc<Metrics>,
     record: Arc<Record>,
-    held: Held,
-    /// Whether the engine may still have something to end, where a stop string or a client's leaving was first.
-    is_left: bool,
-    place: Option<Place>,
+    held: Arc<Mutex<Held>>,
+    /// Whether the engine may still have something to end that has ended for its client: at a stop string.
+    has_stopped: bool,
 }
 
 /// What a generation is made of.
@@ -103,7 +105,7 @@ impl Generation {
         let Start { adapter, account, prompts, sampling, wakes_on_token, reservation, place } = start;
         let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
-        let held = Arc::new(Mutex::new(Some(reservation)));
+        let held = Arc::new(Mutex::new(Held { reservation: Some(reservation), place }));
         let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
         for prompt in prompts {
             for copy in 0..sampling.n {
@@ -143,8 +145,7 @@ impl Generation {
             metrics,
             record,
             held,
-            is_left: false,
-            place,
+            has_stopped: false,
         })
     }
 
@@ -206,7 +207,7 @@ impl Generation {
         }
         if let Some(end) = &delta.end {
             choice.is_open = false;
-            self.is_left |= matches!(end, End::StopString(_));
+            self.has_stopped |= matches!(end, End::StopString(_));
             self.num_open -= 1;
             let reason = match end {
                 End::Length => "length",
@@ -247,18 +248,20 @@ impl Drop for Generation {
         for index in 0..self.choices.len() {
             prompt_tokens += self.choices[index].output.prompt().len() as u64;
             if self.choices[index].is_open {
-                self.is_left = true;
                 self.finish(index, "abort");
             }
         }
-        if !self.is_left {
-            self.held.lock().unwrap_or_else(PoisonError::into_inner).take();
-        }
         let completion_tokens = self.total_tokens();
         self.metrics.observe_longest(self.choices.iter().map(|choice| choice.num_tokens).max().unwrap_or(0));
-        if let Some(place) = &self.place {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = &held.place {
             place.charge(prompt_tokens + completion_tokens);
         }
+        if self.is_over() {
+            held.place = None;
+            held.reservation.take_if(|_| !self.has_stopped);
+        }
+        drop(held);
         let mut facts = self.record.facts();
         facts.prompt_tokens = prompt_tokens;
         facts.completion_tokens = completion_tokens;

@@ -8,7 +8,7 @@ use slora_runtime::{Delta, End};
 use crate::admission::{Load, Reservation};
 use crate::app::{App, Target};
 use crate::connection::Unsent;
-use crate::errors::ApiError;
+use crate::errors::{ApiError, text_error};
 use crate::generation::{Generation, OpenStream, Start};
 use crate::log::unix_time_s;
 use crate::quota::Place;
@@ -66,16 +66,7 @@ pub(crate) fn admit(call: &mut Call, prompt_tokens: &[usize], n: u32) -> Result<
 /// Refuses text that is too long whatever its tokens are, before anything is spent on it.
 pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
     let Some(text) = app.runtime.text() else { return Ok(()) };
-    let max_context = app.runtime.config().max_context as usize;
-    let limit = max_context.saturating_mul(text.longest_token_bytes());
-    if bytes <= limit {
-        return Ok(());
-    }
-    let message = format!(
-        "this model's maximum context length is {max_context} tokens, which is at most {limit} bytes of text, but the prompt \
-         has {bytes}; hint: shorten the prompt"
-    );
-    Err(ApiError::new(axum::http::StatusCode::BAD_REQUEST, "context_length_exceeded", message))
+    text.check_len(bytes, app.runtime.config().max_context).map_err(|error| text_error(&error))
 }
 
 /// Runs a request whose prompts are ids now.

@@ -28,6 +28,9 @@ const MAX_ID_LEN: usize = 128;
 /// Bodies that are read at once, which takes at most 1 ms.
 const INLINE_BYTES: usize = 16 << 10;
 
+/// Of a body that names an adapter and a path. It is read at once.
+const MAX_ADMIN_BYTES: usize = 64 << 10;
+
 /// All that the second port answers, without a key.
 const METRICS_PORT_ROUTES: [&str; 5] = ["/metrics", "/health", "/health/ready", "/ready", "/ping"];
 
@@ -166,10 +169,11 @@ async fn call(
     let (mut body, mut reservation) = (Bytes::new(), None);
     if route.verb.has_body() {
         check_media_type(request.headers())?;
-        let len = announced_len(app, request.headers())?;
+        let limit = max_body_bytes(app, route);
+        let len = announced_len(request.headers(), limit)?;
         let load = Load { bytes: len as u64, ..Load::default() };
         reservation = Some(app.admission.reserve(caller.tenant.clone(), load)?);
-        body = read_body(app, request.into_body()).await?;
+        body = read_body(app, request.into_body(), limit).await?;
     }
     Ok(Call { app: app.clone(), caller, record: record.clone(), unsent, param, body, reservation, route })
 }
@@ -207,9 +211,14 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     refused("the body must be JSON; hint: send `Content-Type: application/json`")
 }
 
-/// Bytes that the body may have: what it says, or all that any may.
-fn announced_len(app: &App, headers: &HeaderMap) -> Result<usize, ApiError> {
+/// Bytes that any body of the route may have.
+fn max_body_bytes(app: &App, route: &Route) -> usize {
     let limit = app.config.limits.max_body_bytes;
+    if route.level == Level::Admin { limit.min(MAX_ADMIN_BYTES) } else { limit }
+}
+
+/// Bytes that the body may have: what it says, or all that any may.
+fn announced_len(headers: &HeaderMap, limit: usize) -> Result<usize, ApiError> {
     let len = headers.get(header::CONTENT_LENGTH).and_then(|len| len.to_str().ok()?.parse().ok()).unwrap_or(limit);
     if len > limit { Err(too_large(limit)) } else { Ok(len) }
 }
@@ -219,15 +228,14 @@ fn too_large(limit: usize) -> ApiError {
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
 }
 
-async fn read_body(app: &App, body: Body) -> Result<Bytes, ApiError> {
-    let limits = &app.config.limits;
+async fn read_body(app: &App, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let timeout_s = app.config.limits.body_timeout_s;
     let bad = |message: String| ApiError::new(StatusCode::BAD_REQUEST, "incomplete_body", message);
-    let timeout = Duration::from_secs_f64(limits.body_timeout_s);
-    match tokio::time::timeout(timeout, Limited::new(body, limits.max_body_bytes).collect()).await {
+    match tokio::time::timeout(Duration::from_secs_f64(timeout_s), Limited::new(body, limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limits.max_body_bytes)),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
         Ok(Err(error)) => Err(bad(format!("the body could not be read: {error}"))),
-        Err(_) => Err(bad(format!("the body was not there within {} s", limits.body_timeout_s))),
+        Err(_) => Err(bad(format!("the body was not there within {timeout_s} s"))),
     }
 }
 

@@ -17,6 +17,19 @@ pub enum TextError {
     /// The tokenizer refused a text or ids.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// Text that is too long whatever its tokens are.
+    #[error(
+        "this model's maximum context length is {max_context} tokens, which is at most {limit} bytes of text, but the \
+         prompt has {bytes}; hint: shorten the prompt"
+    )]
+    TooLong {
+        /// Its length in bytes.
+        bytes: usize,
+        /// What the context can hold at most, in bytes.
+        limit: usize,
+        /// The same in tokens.
+        max_context: u32,
+    },
     /// More stop strings than are searched for.
     #[error("{count} stop strings; limit {}", crate::MAX_STOPS)]
     TooManyStops {

@@ -124,6 +124,15 @@ impl TextModel {
         })
     }
 
+    /// Refuses text of so many bytes that no tokens of it fit the context, before anything is spent on it.
+    ///
+    /// # Errors
+    /// [`TextError::TooLong`].
+    pub fn check_len(&self, bytes: usize, max_context: u32) -> Result<(), TextError> {
+        let limit = (max_context as usize).saturating_mul(self.longest_token_bytes);
+        if bytes <= limit { Ok(()) } else { Err(TextError::TooLong { bytes, limit, max_context }) }
+    }
+
     /// Text → ids. With `add_special_tokens`, those that the tokenizer puts around a text prompt.
     ///
     /// # Errors
@@ -212,9 +221,11 @@ impl TextModel {
     /// Messages → prompt ids. The template writes the special tokens, so none are added.
     ///
     /// # Errors
-    /// Those of [`Self::render_chat`] and [`Self::encode`].
-    pub fn encode_chat(&self, input: &ChatInput) -> Result<Vec<u32>, TextError> {
-        self.encode(&self.render_chat(input)?, false)
+    /// Those of [`Self::render_chat`], [`Self::check_len`] and [`Self::encode`].
+    pub fn encode_chat(&self, input: &ChatInput, max_context: u32) -> Result<Vec<u32>, TextError> {
+        let text = self.render_chat(input)?;
+        self.check_len(text.len(), max_context)?;
+        self.encode(&text, false)
     }
 
     pub(crate) fn kind(&self, id: u32) -> TokenKind {

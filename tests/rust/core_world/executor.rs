@@ -63,6 +63,8 @@ pub struct Executor {
     launched: VecDeque<Plan>,
     outputs: VecDeque<Output>,
     copies: VecDeque<CopyBatch>,
+    /// Steps are counted for ever here, plans' numbers begin again behind this one.
+    first_step: u32,
     step: u32,
     computed_step: u32,
     committed_step: u32,
@@ -90,6 +92,7 @@ impl Executor {
             launched: VecDeque::new(),
             outputs: VecDeque::new(),
             copies: VecDeque::new(),
+            first_step: 0,
             step: 0,
             computed_step: 0,
             committed_step: 0,
@@ -128,7 +131,9 @@ impl Executor {
 
     /// Checks a plan and queues it.
     pub fn launch(&mut self, counts: Counts, buffer: &[i32]) -> Plan {
-        let plan = self.reader.read(counts, buffer);
+        let mut plan = self.reader.read(counts, buffer);
+        self.count_from_first(&mut plan.counts);
+        let counts = plan.counts;
         self.step += 1;
         assert_eq!(counts.step, self.step, "steps are counted");
         assert!(self.num_launched() <= 2, "at most one step is launched ahead");
@@ -145,6 +150,18 @@ impl Executor {
             self.copies.push_back(CopyBatch { step: self.step, wait_step: counts.copies_wait_step, copies });
         }
         plan
+    }
+
+    fn count_from_first(&mut self, counts: &mut Counts) {
+        assert!(counts.step <= self.config.max_step);
+        if counts.step == 1 {
+            let is_quiet = self.num_launched() == 0 && !self.has_unreported_copies();
+            assert!(is_quiet, "numbers begin again when nothing in flight has one");
+            self.first_step = self.step;
+        }
+        for step in [&mut counts.step, &mut counts.copies_wait_step, &mut counts.copies_needed_step] {
+            *step += if *step > 0 { self.first_step } else { 0 };
+        }
     }
 
     /// **Invariant:** no copy overwrites a page that a launched step still names.
@@ -234,14 +251,14 @@ impl Executor {
         }
         let output = self.outputs.pop_front()?;
         self.committed_step += 1;
-        Some((self.committed_step, output))
+        Some((self.committed_step - self.first_step, output))
     }
 
-    /// The last step whose copies, and all before, have arrived.
+    /// The last step, since numbers began again, whose copies, and all before, have arrived.
     pub fn report_copies(&mut self) -> u32 {
         let unfinished = self.copies.front().map_or(self.step + 1, |batch| batch.step);
         self.reported_step = self.reported_step.max(unfinished - 1);
-        self.reported_step
+        self.reported_step.saturating_sub(self.first_step)
     }
 
     fn compute(&mut self, plan: &Plan) -> Output {

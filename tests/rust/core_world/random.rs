@@ -55,6 +55,7 @@ pub fn random_config(random: &mut Random) -> EngineConfig {
         queue: random.pick(&[QueueOrder::Fcfs, QueueOrder::Fair]),
         prefetch: random.chance(70),
         eviction: random.pick(&[Eviction::Lru, Eviction::CostAware]),
+        max_step: random.pick(&[1, 2, 3, 10, 100, i32::MAX as u32]),
         ..EngineConfig::default()
     }
 }
