@@ -3,6 +3,7 @@
 // [KV_HEADS, HEAD_DIM]. work: items (request, row tile), see step.cu.
 // A block takes (item, KV head) pairs in turn under a constant grid. The 64 rows of its product are the query heads of a
 // KV head for 64 / GROUP tokens, 16 rows a warp; tiles of K and V are shared and double-buffered.
+#include "quad.cuh"
 #include "tensor_core.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -37,23 +38,12 @@ __device__ __forceinline__ void copy_tile(
     commit_copies();
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32) chunk_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
     const int* __restrict__ query_indptr, const int* __restrict__ seq_lens, const int* __restrict__ page_indptr,
     const int* __restrict__ page_indices, int page_rows, int window, float scale) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    const unsigned ring = shared_address(shared);
+    const unsigned ring = shared_address(shared_memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int total = num_items[1] * KV_HEADS;
     for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {

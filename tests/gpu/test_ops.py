@@ -1,6 +1,7 @@
 """Every op of the CUDA backend against the fp32 reference, which runs on the CPU over the same pages and plans."""
 
 import os
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -216,6 +217,42 @@ def test_decode_does_not_depend_on_the_batch() -> None:
         request.cached = len(request.prompt) - 1
         gpu.step([(request, 1)])
         assert torch.equal(cuda.paged_attention(q[i : i + 1], prepare(gpu, 1), 0)[0], together[i])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "window"),
+    [(128, 8, 2, None), (128, 8, 2, 700), (64, 4, 4, None), (256, 8, 1, None), (64, 20, 1, None), (16, 8, 8, None)],
+)
+def test_decode_in_one_graph_does_not_depend_on_the_steps_before(
+    head_dim: int, heads: int, kv_heads: int, window: int | None
+) -> None:
+    """One split, several, more than a warp has lanes, of other requests each time."""
+    shape = {"head_dim": head_dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    changes = {"model_type": "mistral", "sliding_window": window, "max_position_embeddings": 20000}
+    _, gpu = make_worlds("bfloat16", **shape, **changes, hidden_size=32)
+    requests = [Request([1] * n, max_tokens=1) for n in (1, 77, 512, 513, 1100, 2000, 17500)]
+    gpu.pool.kv.normal_()
+    q = torch.randn(1, heads, head_dim, device="cuda", dtype=torch.bfloat16).repeat(4, 1, 1)
+
+    def step(chosen: list[int]) -> Step:
+        for i in chosen:
+            requests[i].cached, requests[i].state_row = len(requests[i].prompt) - 1, 0
+        gpu.step([(requests[i], 1) for i in chosen])
+        return prepare(gpu, len(chosen))
+
+    alone = [cuda.paged_attention(q[:1], step([i]), 0)[0] for i in range(len(requests))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.paged_attention(q, gpu.runner._step, 0)
+    chance = random.Random(0)
+    for _ in range(100):
+        chosen = chance.sample(range(len(requests)), 4)
+        step(chosen)
+        out.fill_(torch.nan)
+        graph.replay()
+        for row, i in enumerate(chosen):
+            assert torch.equal(out[row], alone[i]), (chosen, i)
+    assert not gpu.runner._step.attention._counters.any()
 
 
 @pytest.mark.parametrize("vocab", [5, 301, 3000, 128256])

@@ -16,8 +16,6 @@ from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 SPLIT_TOKENS, TILE_TOKENS = 512, 16
-MERGE_THREADS = 128
-MERGE_BLOCKS = 16  # of a multiprocessor, at most
 WARPS = 4
 CHUNK_ROWS = 16 * WARPS
 SIMPLE_THREADS = 256
@@ -37,7 +35,6 @@ class Attention:
         self._windows = list(dict.fromkeys(self.config.windows))
         self._items = {window: self._new_items() for window in self._windows}
         self._has_prefill = False
-        self._merge: Kernel
         self._cudnn: cudnn.PrefillAttention | None = None
         if self.is_tensor_core and cudnn.is_available():
             self._cudnn = cudnn.PrefillAttention(pool, plan)
@@ -92,9 +89,8 @@ class Attention:
             for stages, size in sizes.items():
                 if size <= most:
                     macros = {**self._macros, "STAGES": stages}
-                    module = nvrtc.load("paged_attention", macros)
-                    self._merge = module.kernel("merge_splits")
-                    return module.kernel("paged_attention"), blocks * p.multi_processor_count, size
+                    kernel = nvrtc.load("paged_attention", macros).kernel("paged_attention")
+                    return kernel, blocks * p.multi_processor_count, size
         raise AssertionError(f"no ring of copies fits the shared memory of {p.name}")
 
     @cached_property
@@ -122,22 +118,32 @@ class Attention:
     def _partials(self) -> Tensor:
         """What splits leave for the merge."""
         rows = min(self.group, 16)
-        units = self.config.num_kv_heads * -(-self.group // 16)
         size = rows * self.config.head_dim + -(-2 * rows // 4) * 4
-        return torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
+        return torch.empty(self._max_splits * self._units * size, dtype=torch.float32, device=self.pool.device)
+
+    @cached_property
+    def _counters(self) -> Tensor:
+        """How many splits of a request's heads are done: 0 between launches."""
+        size = self.plan.capacity["seq_lens"] * self._units
+        return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
+
+    @property
+    def _units(self) -> int:
+        """Parts of the query heads that are attended apart."""
+        return self.config.num_kv_heads * -(-self.group // 16)
 
     @property
     def _chunk_tokens(self) -> int:
         return CHUNK_ROWS // self.group
 
-    def _new_items(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(how many, decode items, prefill items, spans of decode requests) of one window."""
+    def _new_items(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(how many, decode items, prefill items) of one window."""
         tiles = self.plan.capacity["token_ids"] // max(1, self._chunk_tokens) + self.plan.capacity["seq_lens"]
-        count, decode, prefill, spans = (
+        count, decode, prefill = (
             torch.zeros(size, dtype=torch.int32, device=self.pool.device)
-            for size in (4, self._max_splits * 4, tiles * 4, self.plan.capacity["seq_lens"] * 2)
+            for size in (4, self._max_splits * 4, tiles * 4)
         )
-        return count, decode, prefill, spans
+        return count, decode, prefill
 
     def _list_work(self, window: int | None) -> None:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
@@ -148,17 +154,15 @@ class Attention:
     def _run_decode(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._decode
         window = self.config.windows[layer]
-        num_items, decode, _, spans = self._items[window]
+        num_items, decode, _ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
-        kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
-        heads = min(q.shape[0] * self.config.num_heads, MERGE_BLOCKS * self._properties.multi_processor_count)
-        self._merge(heads, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
+        kernel(blocks, WARPS * 32, (*tensors, self._partials, self._counters, *numbers), shared, programmatic=True)
 
     def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
         kernel, blocks, shared = self._chunks
         window = self.config.windows[layer]
-        num_items, _, prefill, _ = self._items[window]
+        num_items, _, prefill = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, prefill)
         arrays = tuple(self.plan[name] for name in ("query_indptr", "seq_lens", "page_indptr", "page_indices"))
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
