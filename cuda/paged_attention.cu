@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         copies.issue(ring + s * STAGE);
     }
     wait_once(has_waited);
-    let_next_kernel_start();
+    let_next_kernel_start();  // not before the wait: chunk_attention relies on it
 
     int stage = 0;
     bool has_several = false;  // a unit of a request of several splits

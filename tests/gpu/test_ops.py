@@ -255,6 +255,40 @@ def test_decode_in_one_graph_does_not_depend_on_the_steps_before(
     assert not gpu.runner._step.attention._counters.any()
 
 
+def test_decode_and_chunks_side_by_side_read_what_this_step_wrote() -> None:
+    """Both start before the kernels before them have ended."""
+    shape = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    _, gpu = make_worlds("bfloat16", **shape, hidden_size=32)
+    cases = [(i * 10, 1) for i in range(63)] + [(0, 100), (700, 28)]
+    requests = [Request([1] * (cached + rows), max_tokens=1) for cached, rows in cases]
+    for request, (cached, _) in zip(requests, cases, strict=True):
+        request.cached, request.state_row = cached, 0
+    gpu.pool.kv.normal_()
+    gpu.step([(request, rows) for request, (_, rows) in zip(requests, cases, strict=True)])
+    rows = sum(rows for _, rows in cases)
+    step = prepare(gpu, rows, is_graph=True)
+    qkv = torch.empty(rows, 48 * 128, device="cuda", dtype=torch.bfloat16)
+
+    def run(between: Callable[[], object]) -> torch.Tensor:
+        outs = []
+        for layer in range(2):
+            q = cuda.rope_kv(qkv, None, step, layer, None, 1e-6)
+            between()
+            outs.append(cuda.paged_attention(q, step, layer))
+            between()
+        return torch.stack(outs)
+
+    run(lambda: None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(lambda: None)
+    for _ in range(50):
+        qkv.normal_()
+        graph.replay()
+        got = out.clone()
+        assert torch.equal(got, run(torch.cuda.synchronize))
+
+
 @pytest.mark.parametrize("vocab", [5, 301, 3000, 128256])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
 def test_sample_equals_the_reference(vocab: int, spread: float) -> None:

@@ -1,8 +1,10 @@
-"""The CUDA kernel for decode attention on the CPU, lane by lane, all blocks at once: needs g++, no device."""
+"""The CUDA kernels for attention on the CPU, lane by lane: needs g++, no device. Decode runs all blocks at once."""
 
 import ctypes
 import random
 import shutil
+from itertools import accumulate
+from pathlib import Path
 
 import emulation
 import pytest
@@ -26,59 +28,81 @@ SHAPES = {  # head dimension, heads, KV heads, window
 TOLERANCE = 8e-3
 
 
-class Decode:
-    """Decode attention of one shape over one pool. Its counters stay as its launches leave them."""
+class Pool:
+    """Random keys and values of one shape, in pages of random order."""
 
-    def __init__(self, shape: str, library: ctypes.CDLL) -> None:
+    def __init__(self, shape: str) -> None:
         self.head_dim, self.heads, self.kv_heads, self.window = SHAPES[shape]
-        self.library, self.group = library, self.heads // self.kv_heads
-        self.units = self.kv_heads * -(-self.group // 16)
+        self.group = self.heads // self.kv_heads
+        self.scale = ctypes.c_float(self.head_dim**-0.5 * 1.4426950408889634)
         torch.manual_seed(0)
         self.kv = torch.randn(2, NUM_PAGES * PAGE_TOKENS, self.kv_heads, self.head_dim).bfloat16()
-        self.pages = random.Random(0).sample(range(NUM_PAGES), NUM_PAGES)
+        self.pages = torch.tensor(random.Random(0).sample(range(NUM_PAGES), NUM_PAGES), dtype=torch.int32)
+
+    def queries(self, num_rows: int) -> torch.Tensor:
+        return torch.randn(num_rows, self.heads, self.head_dim).bfloat16()
+
+    def attend(self, q: torch.Tensor, first_page: int, seq_len: int) -> torch.Tensor:
+        """One row in fp32: q [heads, head_dim]."""
+        pages = self.pages[first_page : first_page + num_pages(seq_len)].long()
+        tokens = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[:seq_len]
+        seen = tokens[-self.window :] if self.window else tokens
+        k, v = self.kv[:, seen].float().repeat_interleave(self.group, 2)
+        scores = torch.einsum("hd,thd->ht", q.float(), k) * self.head_dim**-0.5
+        return torch.einsum("ht,thd->hd", scores.softmax(-1), v)
+
+
+def num_pages(seq_len: int) -> int:
+    return -(-seq_len // PAGE_TOKENS)
+
+
+def build(shape: str, name: str, folder: Path) -> ctypes.CDLL:
+    head_dim, heads, kv_heads, _ = SHAPES[shape]
+    macros = {"HEAD_DIM": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "PAGE_TOKENS": PAGE_TOKENS}
+    return emulation.library(name, {"__CUDA_ARCH__": 900, "DTYPE": 1, "STAGES": 2, **macros}, folder)
+
+
+def pointers(*tensors: torch.Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+
+class Decode:
+    """Decode attention over one pool. Its counters stay as its launches leave them."""
+
+    def __init__(self, pool: Pool, library: ctypes.CDLL) -> None:
+        self.pool, self.library = pool, library
+        self.units = pool.kv_heads * -(-pool.group // 16)
         self.counters = torch.zeros(MAX_REQUESTS * self.units, dtype=torch.int32)
 
     def items(self, seq_lens: list[int]) -> torch.Tensor:
-        found, page = [], 0
+        found, page, window = [], 0, self.pool.window
         for request, seq_len in enumerate(seq_lens):
-            first = max(seq_len - self.window, 0) // SPLIT_TOKENS if self.window else 0
+            first = max(seq_len - window, 0) // SPLIT_TOKENS if window else 0
             splits = (seq_len - 1) // SPLIT_TOKENS - first + 1
             pages = [page + (first + j) * SPLIT_TOKENS // PAGE_TOKENS for j in range(splits)]
             found += [(request, j | splits << 16, pages[j], seq_len) for j in range(splits)]
-            page += -(-seq_len // PAGE_TOKENS)
+            page += num_pages(seq_len)
         return torch.tensor(found, dtype=torch.int32)
 
     def run(self, q: torch.Tensor, seq_lens: list[int], num_blocks: int, first_page: int = 0) -> torch.Tensor:
-        items, out = self.items(seq_lens), torch.full_like(q, torch.nan)
-        rows = min(self.group, 16)
-        partial = rows * self.head_dim + -(-2 * rows // 4) * 4
+        pool, items, out = self.pool, self.items(seq_lens), torch.full_like(q, torch.nan)
+        rows = min(pool.group, 16)
+        partial = rows * pool.head_dim + -(-2 * rows // 4) * 4
         partials = torch.full((len(items) * self.units * partial,), torch.nan)
         count = torch.tensor([len(items)], dtype=torch.int32)
-        pages = torch.tensor(self.pages[first_page:], dtype=torch.int32)
-        tensors = (q, out, *self.kv, count, items, pages, partials, self.counters)
-        scale = ctypes.c_float(self.head_dim**-0.5 * 1.4426950408889634)
-        self.library.run(num_blocks, *(ctypes.c_void_p(t.data_ptr()) for t in tensors), PAGE_TOKENS, self.window, scale)
+        tensors = (q, out, *pool.kv, count, items, pool.pages[first_page:], partials, self.counters)
+        self.library.run(num_blocks, *pointers(*tensors), PAGE_TOKENS, pool.window, pool.scale)
         return out
 
     def expected(self, q: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
-        outs, page = [], 0
-        for row, seq_len in zip(q.float(), seq_lens, strict=True):
-            pages = torch.tensor(self.pages[page : page + -(-seq_len // PAGE_TOKENS)])
-            page += len(pages)
-            tokens = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[:seq_len]
-            seen = tokens[-self.window :] if self.window else tokens
-            k, v = self.kv[:, seen].float().repeat_interleave(self.group, 2)
-            scores = torch.einsum("hd,thd->ht", row, k) * self.head_dim**-0.5
-            outs.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v))
-        return torch.stack(outs)
+        first_pages = accumulate((num_pages(seq_len) for seq_len in seq_lens), initial=0)
+        return torch.stack([self.pool.attend(*row) for row in zip(q, first_pages, seq_lens, strict=False)])
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def decode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decode:
-    head_dim, heads, kv_heads, _ = SHAPES[request.param]
-    shape = {"HEAD_DIM": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "PAGE_TOKENS": PAGE_TOKENS}
-    macros = {"__CUDA_ARCH__": 900, "DTYPE": 1, "STAGES": 2, **shape}
-    return Decode(request.param, emulation.library("paged_attention", macros, tmp_path_factory.mktemp("emulator")))
+    folder = tmp_path_factory.mktemp("emulator")
+    return Decode(Pool(request.param), build(request.param, "paged_attention", folder))
 
 
 MIXES = {
@@ -91,7 +115,7 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 def test_out_is_the_definition_whichever_block_comes_last(decode: Decode, mix: str) -> None:
     seq_lens = MIXES[mix]
-    q = torch.randn(len(seq_lens), decode.heads, decode.head_dim).bfloat16()
+    q = decode.pool.queries(len(seq_lens))
     expected, outs = decode.expected(q, seq_lens), []
     for seed, num_blocks in enumerate((1, 3, 7, 7)):
         decode.library.seed(seed)
@@ -104,14 +128,39 @@ def test_out_is_the_definition_whichever_block_comes_last(decode: Decode, mix: s
 
 def test_a_request_does_not_depend_on_its_neighbours(decode: Decode) -> None:
     seq_lens = [600, 1100]
-    q = torch.randn(2, decode.heads, decode.head_dim).bfloat16()
+    q = decode.pool.queries(2)
     together = decode.run(q, seq_lens, 4)
-    alone = decode.run(q[1:], seq_lens[1:], 2, first_page=-(-600 // PAGE_TOKENS))
+    alone = decode.run(q[1:], seq_lens[1:], 2, first_page=num_pages(600))
     assert torch.equal(alone[0], together[1])
 
 
 def test_more_splits_than_a_warp_has_lanes_and_more_units_than_a_block_has_threads(decode: Decode) -> None:
     seq_lens = [33 * SPLIT_TOKENS + 5]
-    q = torch.randn(1, decode.heads, decode.head_dim).bfloat16()
+    q = decode.pool.queries(1)
     got, wanted = decode.run(q, seq_lens, 2).float(), decode.expected(q, seq_lens)
     assert (got - wanted).norm() <= TOLERANCE * wanted.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_see_their_past_and_not_their_future(shape: str, tmp_path: Path) -> None:
+    """Behind a decode row: whole prompts, and chunks with cached context."""
+    pool, library = Pool(shape), build(shape, "chunk_attention", tmp_path)
+    chunks = [(40, 1), (0, 37), (150, 20), (790, 2)]  # cached, rows
+    seq_lens = [cached + rows for cached, rows in chunks]
+    query_indptr = [0, *accumulate(rows for _, rows in chunks)]
+    page_indptr = [0, *accumulate(num_pages(seq_len) for seq_len in seq_lens)]
+    tile = 64 // pool.group
+    items = [(i, j, 0, 0) for i, (_, rows) in enumerate(chunks) if i for j in range(-(-rows // tile))]
+    q = pool.queries(query_indptr[-1])
+    out = torch.full_like(q, torch.nan)
+    plan = [
+        torch.tensor(values, dtype=torch.int32)
+        for values in ((1, len(items)), items, query_indptr, seq_lens, page_indptr)
+    ]
+    library.run(3, *pointers(q, out, *pool.kv, *plan, pool.pages), PAGE_TOKENS, pool.window, pool.scale)
+    assert out[0].isnan().all()
+    for i, (cached, rows) in enumerate(chunks[1:], 1):
+        for row in {0, rows // 2, rows - 1}:
+            got = out[query_indptr[i] + row].float()
+            wanted = pool.attend(q[query_indptr[i] + row], page_indptr[i], cached + row + 1)
+            assert (got - wanted).norm() <= TOLERANCE * wanted.norm()
