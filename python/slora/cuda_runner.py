@@ -16,7 +16,7 @@ from slora.kernels.lora import MANY_ROWS
 from slora.kernels.page_copy import PageCopies
 from slora.kernels.sampling import DeviceSampler
 from slora.kernels.step import Step
-from slora.kernels.upload import upload
+from slora.kernels.upload import Staging
 from slora.memory import HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
@@ -94,6 +94,7 @@ class CudaRunner:
         self.pool, self.host = pool, host
         self._tables = DeviceTables(pool, max_adapters, max_adapter_pages)
         self._plan = DevicePlan(layout, self._tables.modules[0].numel(), device)
+        self._staging = Staging(self._plan.num_words, device)
         frequencies, scaling = inverse_frequencies(config)
         self._copies = PageCopies(pool, host)
         self._step = Step(pool, self._tables, self._plan, self._copies.arrived, frequencies.to(device), scaling)
@@ -125,7 +126,7 @@ class CudaRunner:
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
         self._copies.wait(counts.copies_needed_step)
-        self._plan.upload(plan, upload)
+        self._plan.upload(plan, self._staging.copy)
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:
@@ -170,7 +171,8 @@ class CudaRunner:
         torch.cuda.synchronize()
         self._copies.close()
         self._graphs.close()
-        del self._tables, self._plan, self._step, self._decoder, self._sampler, self._hidden, self._returned
+        del self._tables, self._plan, self._staging, self._step, self._decoder, self._sampler
+        del self._hidden, self._returned
         self.host = None
         self.pool.close()
         torch.cuda.empty_cache()

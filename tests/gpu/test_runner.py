@@ -18,6 +18,7 @@ from slora.weights import load_weights
 
 page_copy = pytest.importorskip("slora.kernels.page_copy")
 PageCopies, DevicePinning = page_copy.PageCopies, page_copy.DevicePinning
+Staging = pytest.importorskip("slora.kernels.upload").Staging
 pytestmark = pytest.mark.gpu
 BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 SAMPLING = {"temperature": 0.9, "top_p": 0.9}
@@ -197,3 +198,17 @@ def test_close_returns_the_memory() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert before - torch.cuda.mem_get_info()[0] < 64 << 20
+
+
+def test_plans_wait_on_the_device_for_their_turn() -> None:
+    """Uploads run far ahead of a stream that is busy, no further than there are slots."""
+    sizes = [1, 5, 1023, 1024, 1025, 70_000, 300_000]
+    staging = Staging(max(sizes), torch.device("cuda"))
+    sources = [torch.randint(1 << 30, (size,), dtype=torch.int32).pin_memory() for size in sizes * 4]
+    mirror, seen = torch.zeros(max(sizes), dtype=torch.int32, device="cuda"), []
+    for source in sources:
+        torch.cuda._sleep(1_000_000)
+        staging.copy(mirror[: len(source)], source)
+        seen.append(mirror[: len(source)].clone())
+    for got, source in zip(seen, sources, strict=True):
+        assert torch.equal(got.cpu(), source)

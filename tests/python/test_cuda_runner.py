@@ -9,6 +9,7 @@ import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
+from slora.kernels import upload
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -24,7 +25,10 @@ def fake_runner(log: list[str]) -> Any:
         issue=lambda plan, wait_for: note(f"copies behind {wait_for}"), wait=lambda step: note(f"wait for {step}")
     )
     runner._step = SimpleNamespace(ids=torch.zeros(0), prepare=lambda num_rows, **_: note(f"prepare {num_rows}"))
-    runner._plan = SimpleNamespace(upload=lambda plan, how: note("upload"))
+    runner._plan, runner._staging = (
+        SimpleNamespace(upload=lambda plan, how: how()),
+        SimpleNamespace(copy=lambda: note("upload")),
+    )
     runner._tables = SimpleNamespace(update=lambda plan: None)
     runner._sampler = SimpleNamespace(reset=lambda plan: None)
     runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
@@ -55,6 +59,60 @@ def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: 
     runner._ends = {6: "step 6"}
     runner.launch(fake_plan(step=7, num_rows=500, num_copies=3, copies_wait_step=6, copies_needed_step=7))
     assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504"]
+
+
+def test_a_plan_is_staged_beside_the_steps_and_never_over_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are numbered in the order in which they are recorded; 0: never."""
+    log: list[tuple[object, ...]] = []
+    recorded = iter(range(1, 100))
+
+    class Event:
+        number = 0
+
+        def record(self, stream: object) -> None:
+            self.number = next(recorded)
+            log.append((stream, "record", self.number))
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = self.cuda_stream = name
+
+        def __repr__(self) -> str:
+            return self.name
+
+        def wait_event(self, event: Event) -> None:
+            log.append((self, "wait", event.number))
+
+        def wait_stream(self, stream: object) -> None:
+            pass
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+
+    def launch(grid: int, block: int, args: tuple[torch.Tensor, torch.Tensor, int], stream: str) -> None:
+        source, target, n = args
+        target[:n] = source[:n]
+        log.append((side if stream == "side" else main, "copy", target.data_ptr()))
+
+    monkeypatch.setattr(upload, "_kernel", lambda: launch)
+    staging, mirror = upload.Staging(1000, torch.device("cpu")), torch.zeros(1000, dtype=torch.int32)
+    for i in range(1, 2 * upload.SLOTS + 1):
+        log.clear()
+        staging.copy(mirror[10 : 10 + i], torch.arange(i, dtype=torch.int32) + 100 * i)
+        assert mirror[10 : 10 + i].tolist() == list(range(100 * i, 101 * i))
+        filled, emptied_before = 2 * i - 1, max(0, 2 * (i - upload.SLOTS))
+        slot = staging._slots[(i - 1) % upload.SLOTS].words.data_ptr()
+        assert log == [
+            (side, "wait", emptied_before),
+            (side, "copy", slot),
+            (side, "record", filled),
+            (main, "wait", filled),
+            (main, "copy", mirror[10:].data_ptr()),
+            (main, "record", filled + 1),
+        ]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no bytes left"), RuntimeError("no bytes left")])
