@@ -105,6 +105,7 @@ class CudaRunner:
         self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
         size = self._plan.capacity["sample_rows"]
         self._returned = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._returning = torch.cuda.Stream(device)
         self._num_launched = 0
         self._ends: dict[int, torch.cuda.Event] = {}
 
@@ -132,11 +133,11 @@ class CudaRunner:
         if counts.num_rows:
             hidden = self._forward(StepShape.of(counts), plan)
             if counts.num_sampled:
+                torch.cuda.current_stream().wait_stream(self._returning)  # which has the last step's ids
                 self._sample(hidden, arrays)
             if counts.num_prompt_logprobs:
                 self._score_prompts(hidden, arrays)
-        done = torch.cuda.Event()
-        done.record()
+        done = self._return_ids(counts.num_sampled, arrays)
         self._num_launched += 1
         self._ends[counts.step] = done
         while len(self._ends) > KEPT_STEPS:
@@ -215,8 +216,17 @@ class CudaRunner:
             if has_logprobs:
                 chosen = self._step.sampled[:n].clamp(min=0).long()
                 _return(arrays, log_probs(raw, chosen, counts.max_logprobs), "")
-        ids = self._returned[self._num_launched % RING][:n]
-        arrays["ids"] = ids.copy_(self._step.sampled[:n], non_blocking=True)
+
+    def _return_ids(self, num_sampled: int, arrays: dict[str, Tensor]) -> torch.cuda.Event:
+        """Copy them to the host beside the next step. The event: all that was launched has ended."""
+        self._returning.wait_stream(torch.cuda.current_stream())
+        if num_sampled:
+            ids = self._returned[self._num_launched % RING][:num_sampled]
+            with torch.cuda.stream(self._returning):
+                arrays["ids"] = ids.copy_(self._step.sampled[:num_sampled], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._returning)
+        return done
 
     def _score_prompts(self, hidden: Tensor, arrays: dict[str, Tensor]) -> None:
         counts = self._plan.counts

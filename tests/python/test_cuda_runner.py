@@ -33,6 +33,7 @@ def fake_runner(log: list[str]) -> Any:
     runner._sampler = SimpleNamespace(reset=lambda plan: None)
     runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
     runner._graphs = SimpleNamespace(run=lambda key, body: note(f"replay {key.num_rows}"))
+    runner._returning = SimpleNamespace(wait_stream=lambda stream: note(f"return behind {stream}"))
     runner._hidden, runner._num_launched, runner._ends = torch.zeros(512, 1), 0, {}
     return runner
 
@@ -53,12 +54,13 @@ def test_steps_are_graphs_up_to_512_rows(num_rows: int, expected: str) -> None:
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: log.append("end")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
     log: list[str] = []
     runner = fake_runner(log)
     runner._ends = {6: "step 6"}
     runner.launch(fake_plan(step=7, num_rows=500, num_copies=3, copies_wait_step=6, copies_needed_step=7))
-    assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504"]
+    assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504", "return behind main", "end"]
 
 
 def test_a_plan_is_staged_beside_the_steps_and_never_over_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
