@@ -168,7 +168,8 @@ class Attention:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
         sizes = (window or 0, self._chunk_tokens, self.pool.page_tokens)
         threads = 512
-        self._work(1, threads, (*(self.plan[name] for name in names), *sizes, *self._items[window]), (threads + 1) * 4)
+        args = (*(self.plan[name] for name in names), *sizes, *self._items[window])
+        self._work(1, threads, args, (threads + 1) * 4, programmatic=True)
 
     def _run_decode(self, q: Tensor, out: Tensor, layer: int, *, leaves_room: bool) -> None:
         kernel, blocks, shared = self._decode_beside_chunks if leaves_room else self._decode
