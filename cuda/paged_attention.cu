@@ -4,9 +4,9 @@
 // work: items (request, split), see step.cu; splits lie at fixed positions, whatever the batch. A block takes (item, KV
 // head) units in turn under a constant grid; its warps take the split's tiles of 16 tokens in turn, each with a ring of
 // copies that runs on into the next unit. Query heads of a KV head are rows of the product, 16 at most.
-// What a request's splits leave is merged by the last block that had one of them, once it is through with all its units: a
-// fence between units would wait for the copies in flight. Keys and values give way to it in the cache: written to memory,
-// its one or two percent of the bytes cost up to nine of the time.
+// What a request's splits leave is merged by a second kernel, a block per query head: a fence between blocks would wait for
+// the copies in flight. Keys and values give way to it in the cache: written to memory, its one or two percent of the bytes
+// cost up to nine of the time.
 // The kernel before writes q, and the keys and values of the newest tokens. All else was there before that one began, and is
 // on its way while it runs.
 #include "quad.cuh"
@@ -25,6 +25,7 @@ constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int STEPS = HEAD_DIM / 16;  // of the product with q
 constexpr int OUTS = HEAD_DIM / 8;    // 8-column tiles of the output
 constexpr bool HAS_HIGH_ROWS = ROWS > 8;
+constexpr int MERGE_WARPS = 4;
 constexpr unsigned STAGE = 2 * TILE * STRIDE * sizeof(element);
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head dimension");
 static_assert(PAGE_TOKENS % TILE == 0 && SPLIT_TOKENS / TILE <= 32 * WARPS, "a tile lies in one page; a lane knows one page");
@@ -204,107 +205,10 @@ __device__ __forceinline__ void add_scaled(float4& sum, const float4& v, float f
     sum.w += v.w * factor;
 }
 
-// One query head of a request: `first` is what the first of its splits left. A warp adds them up in four sums, every fourth
-// split in the same one, and then the sums, in order.
-__device__ __forceinline__ void merge_head(const float* first, int num_splits, int r, element* out, int lane) {
-    constexpr size_t STEP = static_cast<size_t>(UNITS) * PARTIAL;
-    constexpr int PIECES = (HEAD_DIM + 127) / 128;  // of the head, four columns a lane
-    const float* maxima = first + ROWS * HEAD_DIM + r;
-    float peak = lane < num_splits ? __ldcg(maxima + lane * STEP) : -INFINITY;
-    float weight = lane < num_splits ? __ldcg(maxima + lane * STEP + ROWS) : 0.0f;
-    float most = peak;
-    for (int s = lane + 32; s < num_splits; s += 32) most = fmaxf(most, __ldcg(maxima + s * STEP));
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-
-    float4 sums[4][PIECES];
-    float norms[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        norms[c] = 0.0f;
-#pragma unroll
-        for (int n = 0; n < PIECES; ++n) sums[c][n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    for (int base = 0; base < num_splits; base += 32) {
-        if (base > 0) {
-            const int s = base + lane;
-            peak = s < num_splits ? __ldcg(maxima + s * STEP) : -INFINITY;
-            weight = s < num_splits ? __ldcg(maxima + s * STEP + ROWS) : 0.0f;
-        }
-        const float factor_of_lane = exp2f(peak - most);
-        const int end = min(num_splits - base, 32);
-#pragma unroll 4
-        for (int k = 0; k < end; k += 4) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {  // beyond the last split: the last one with a factor of 0
-                const float* from = first + min(base + k + c, num_splits - 1) * STEP + r * HEAD_DIM;
-                const float factor = __shfl_sync(~0u, factor_of_lane, k + c);
-                norms[c] += __shfl_sync(~0u, weight, k + c) * factor;
-#pragma unroll
-                for (int n = 0; n < PIECES; ++n) {
-                    const int column = min(n * 128 + lane * 4, HEAD_DIM - 4);
-                    add_scaled(sums[c][n], __ldcg(reinterpret_cast<const float4*>(from + column)), factor);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int c = 1; c < 4; ++c) {
-        norms[0] += norms[c];
-#pragma unroll
-        for (int n = 0; n < PIECES; ++n) add_scaled(sums[0][n], sums[c][n], 1.0f);
-    }
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n) {
-        const int column = n * 128 + lane * 4;
-        if (column < HEAD_DIM) store4(sums[0][n], 1.0f / norms[0], out + column);
-    }
-}
-
-struct Ready {  // whose splits are all there: (unit of the first split, splits, request)
-    int count;
-    int3 heads[WARPS * 32];
-};
-
-// Merges the heads of which this block did a split and no other block has one left to do. counters [requests, UNITS]: splits
-// that are done; 0 before and after. Loads bypass L1, which may have what an earlier kernel left.
-__device__ __forceinline__ void merge_splits(
-    const int4* work, int total, const float* partials, int* counters, element* out, Ready& ready) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int base = blockIdx.x; base < total; base += WARPS * 32 * gridDim.x) {
-        if (threadIdx.x == 0) ready.count = 0;
-        __syncthreads();
-        const int unit = base + threadIdx.x * gridDim.x;
-        if (unit < total) {
-            const int4 item = work[unit / UNITS];
-            const int num_splits = item.y >> 16;
-            int* counter = counters + item.x * UNITS + unit % UNITS;
-            if (num_splits > 1) {
-                __threadfence();  // the block's partials are stored before this counts
-                if (atomicAdd(counter, 1) == num_splits - 1) {
-                    __threadfence();  // and read after
-                    *counter = 0;
-                    ready.heads[atomicAdd(&ready.count, 1)] = make_int3(unit - (item.y & 0xffff) * UNITS, num_splits, item.x);
-                }
-            }
-        }
-        __syncthreads();
-        for (int i = warp; i < ready.count * ROWS; i += WARPS) {
-            const int3 head = ready.heads[i / ROWS];
-            const int r = i % ROWS, part = head.x % UNITS, in_group = part % HEAD_TILES * 16 + r;
-            if (in_group >= GROUP) continue;
-            const size_t row = static_cast<size_t>(head.z) * HEADS + part / HEAD_TILES * GROUP + in_group;
-            merge_head(partials + static_cast<size_t>(head.x) * PARTIAL, head.y, r, out + row * HEAD_DIM, lane);
-        }
-        __syncthreads();  // the next round's heads
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
-    const int* __restrict__ page_indices, float* __restrict__ partials, int* __restrict__ counters, int page_rows, int window,
-    float scale) {
+    const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
     Merge& merge = *reinterpret_cast<Merge*>(shared_memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned ring = shared_address(shared_memory) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
@@ -337,7 +241,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     let_next_kernel_start();  // not before the wait: chunk_attention relies on it
 
     int stage = 0;
-    bool has_several = false;  // a unit of a request of several splits
     State state;
     int4 next = work[blockIdx.x / UNITS];
     for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
@@ -371,7 +274,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         __syncthreads();
 
         const bool is_whole = item.y >> 16 == 1;
-        has_several |= !is_whole;
         float* partial = partials + static_cast<size_t>(unit) * PARTIAL;
         for (int i = threadIdx.x; i < num_heads * (HEAD_DIM / 4); i += WARPS * 32) {
             const int r = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
@@ -398,8 +300,53 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         __syncthreads();  // the next unit writes `merge`
     }
     wait_copies<0>();
-    if (has_several) {
-        __syncthreads();  // what is in shared memory has served
-        merge_splits(work, total, partials, counters, out, *reinterpret_cast<Ready*>(shared_memory));
+}
+
+// The query heads of requests with several splits: spans [num_decode] (first item, splits).
+// A head's splits are dealt to the warps in turn, and the warps' sums are added in order.
+extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32) merge_splits(
+    element* __restrict__ out, const int* __restrict__ counts, const int2* __restrict__ spans,
+    const float* __restrict__ partials) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    __shared__ float4 sums[MERGE_WARPS][HEAD_DIM / 4];
+    __shared__ float norms[MERGE_WARPS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int total = counts[2] * HEADS;
+    for (int i = blockIdx.x; i < total; i += gridDim.x) {
+        const int2 span = spans[i / HEADS];
+        if (span.y == 1) continue;
+        const int head = i % HEADS, in_group = head % GROUP, r = in_group % 16;
+        const int part = head / GROUP * HEAD_TILES + in_group / 16;
+        const float* first = partials + (static_cast<size_t>(span.x) * UNITS + part) * PARTIAL;
+        const float* maxima = first + ROWS * HEAD_DIM + r;
+        constexpr size_t STEP = static_cast<size_t>(UNITS) * PARTIAL;
+        float most = -INFINITY;
+        for (int s = lane; s < span.y; s += 32) most = fmaxf(most, maxima[s * STEP]);
+        for (int offset = 16; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        for (int column = lane * 4; column < HEAD_DIM; column += 128) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float norm = 0.0f;
+#pragma unroll 8
+            for (int s = warp; s < span.y; s += MERGE_WARPS) {
+                const float factor = exp2f(maxima[s * STEP] - most);
+                norm += maxima[s * STEP + ROWS] * factor;
+                add_scaled(sum, *reinterpret_cast<const float4*>(first + s * STEP + r * HEAD_DIM + column), factor);
+            }
+            sums[warp][column / 4] = sum;
+            norms[warp] = norm;
+        }
+        __syncthreads();
+        for (int c = threadIdx.x; c < HEAD_DIM / 4; c += MERGE_WARPS * 32) {
+            float4 sum = sums[0][c];
+            float norm = norms[0];
+#pragma unroll
+            for (int w = 1; w < MERGE_WARPS; ++w) {
+                add_scaled(sum, sums[w][c], 1.0f);
+                norm += norms[w];
+            }
+            store4(sum, 1.0f / norm, out + static_cast<size_t>(i) * HEAD_DIM + c * 4);
+        }
+        __syncthreads();  // the next head's sums
     }
 }

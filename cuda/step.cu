@@ -52,13 +52,14 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
 }
 
 // One block. decode items (request, split | splits of the request << 16, place of the split's first page in
-// page_indices, seq_len), those of a request side by side; prefill items (request, row tile, 0, 0).
+// page_indices, seq_len), those of a request side by side: spans [num_decode] (the first one, how many);
+// prefill items (request, row tile, 0, 0).
 // A row tile is `tile_rows` rows of a request.
 // It runs beside step_rows, whose results it does not need; the plan is read past L1, which may have the last step's.
 extern "C" __global__ void attention_work(
     const int* __restrict__ counts, const int* __restrict__ query_indptr, const int* __restrict__ seq_lens,
     const int* __restrict__ page_indptr, int window, int tile_rows, int page_tokens,
-    int* __restrict__ num_items, int4* __restrict__ decode, int4* __restrict__ prefill) {
+    int* __restrict__ num_items, int4* __restrict__ decode, int4* __restrict__ prefill, int2* __restrict__ spans) {
     extern __shared__ int starts[];  // [blockDim.x + 1]
     __shared__ int warp_sums[32];
     let_next_kernel_start();
@@ -79,6 +80,7 @@ extern "C" __global__ void attention_work(
             int total;
             starts[threadIdx.x] = exclusive_sum(count, warp_sums, total);
             if (threadIdx.x == 0) starts[blockDim.x] = total;
+            if (!is_prefill && request < end) spans[request] = make_int2(before + starts[threadIdx.x], count);
             __syncthreads();
             for (int i = threadIdx.x; i < total; i += blockDim.x) {
                 int low = 0, high = min(end - base, static_cast<int>(blockDim.x));  // the last with starts <= i

@@ -1,6 +1,7 @@
 """Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from slora import graphs
 from slora.errors import DeviceError
 from slora.graphs import Graphs
 from slora.kernels import backend
+from slora.kernels.attention import SPLIT_TOKENS
 from slora.kernels.descriptors import DeviceTables
 from slora.kernels.lora import MANY_ROWS
 from slora.kernels.page_copy import PageCopies
@@ -39,11 +41,14 @@ class StepShape(NamedTuple):
     has_decode: bool
     has_prefill: bool
     has_lora: bool
+    has_splits: bool
+    """Of decode rows. As the plan's longest sequence decides, there may be none."""
 
     @classmethod
     def of(cls, counts: Counts) -> "StepShape":
-        has_prefill = counts.num_requests > counts.num_decode
-        return cls(counts.num_rows, counts.num_decode > 0, has_prefill, bool(counts.flags & HAS_LORA))
+        has_decode, has_prefill = counts.num_decode > 0, counts.num_requests > counts.num_decode
+        has_splits = has_decode and counts.max_seq_len > SPLIT_TOKENS
+        return cls(counts.num_rows, has_decode, has_prefill, bool(counts.flags & HAS_LORA), has_splits)
 
     @property
     def is_recordable(self) -> bool:
@@ -145,7 +150,7 @@ class CudaRunner:
         return CudaPending(done, arrays)
 
     def warm_up(self) -> None:
-        """Record the graphs of decode steps: other shapes are recorded when they first come."""
+        """Record the graphs of decode steps: other shapes are recorded once they have come a few times."""
         self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
 
     def copies_done(self) -> list[int]:
@@ -156,15 +161,16 @@ class CudaRunner:
     def record_graphs(
         self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None
     ) -> None:
-        """Record decode steps of all sizes; others are recorded when they first come. No step may be in flight."""
+        """Record decode steps of all sizes, with and without splits. No step may be in flight."""
         self._plan.clear()
-        kinds = (False, True) if with_lora else (False,)
-        shapes = [StepShape(n, True, False, lora) for lora in kinds for n in reversed(graphs.buckets(most_rows))]
+        sizes, kinds = [*reversed(graphs.buckets(most_rows))], (False, True) if with_lora else (False,)
+        shapes = [StepShape(n, True, False, *kind) for kind in product(kinds, (True, False)) for n in sizes]
         for shape in graphs.progress(shapes, len(shapes), show):
             assert isinstance(shape, StepShape)
-            self._graphs.run(shape, self._forward_body(shape))
-            if not shape.has_lora and shape.num_rows <= self._plan.capacity["sample_rows"]:
-                self._graphs.run(shape.num_rows, self._sample_body(shape.num_rows))
+            self._graphs.record(shape, self._forward_body(shape))
+        for n in sizes:
+            if n <= self._plan.capacity["sample_rows"]:
+                self._graphs.record(n, self._sample_body(n))
         torch.cuda.synchronize()
 
     def close(self) -> None:

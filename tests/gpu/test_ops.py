@@ -252,7 +252,6 @@ def test_decode_in_one_graph_does_not_depend_on_the_steps_before(
         graph.replay()
         for row, i in enumerate(chosen):
             assert torch.equal(out[row], alone[i]), (chosen, i)
-    assert not gpu.runner._step.attention._counters.any()
 
 
 def test_decode_and_chunks_side_by_side_read_what_this_step_wrote() -> None:

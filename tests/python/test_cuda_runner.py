@@ -1,5 +1,7 @@
 """Which way a step takes to the device, and what its errors become: decided on the host, so no device is needed."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
+from slora.graphs import Graphs
 from slora.kernels import upload
+from slora.kernels.attention import SPLIT_TOKENS
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -51,6 +55,38 @@ def test_steps_are_graphs_up_to_512_rows(num_rows: int, expected: str) -> None:
     plan = fake_plan(num_rows=num_rows)
     fake_runner(log)._forward(StepShape.of(plan.counts), plan)
     assert log[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_decode", "max_seq_len", "has_splits"), [(1, 512, False), (1, 513, True), (0, 513, False)]
+)
+def test_decode_rows_of_several_splits_have_a_shape_of_their_own(
+    num_decode: int, max_seq_len: int, has_splits: bool
+) -> None:
+    """A graph without a merge must never run for them."""
+    counts = NOTHING._replace(num_rows=3, num_requests=1, num_decode=num_decode, max_seq_len=max_seq_len)
+    assert StepShape.of(counts).has_splits == has_splits
+
+
+def test_host_and_kernels_cut_sequences_alike() -> None:
+    source = (Path(__file__).parents[2] / "cuda" / "splits.cuh").read_text()
+    assert f"constexpr int SPLIT_TOKENS = {SPLIT_TOKENS};" in source
+    assert "split_of(int position) { return position / SPLIT_TOKENS; }" in source
+
+
+def test_a_shape_that_comes_often_is_recorded() -> None:
+    log: list[str] = []
+    graphs: Any = Graphs.__new__(Graphs)
+    graphs._graphs, graphs._num_runs = {}, {}
+
+    def record(key: str, body: Callable[[], object]) -> None:
+        log.append(f"record {key}")
+        graphs._graphs[key] = SimpleNamespace(replay=lambda: log.append(f"replay {key}"))
+
+    graphs.record = record
+    for key in ("often", "seldom", "often", "seldom", "often", "often"):
+        graphs.run(key, lambda key=key: log.append(key))
+    assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from slora.kernels import cudnn, nvrtc
-from slora.kernels.nvrtc import Kernel
+from slora.kernels.nvrtc import Argument, Kernel
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 SPLIT_TOKENS, TILE_TOKENS = 512, 16
+MERGE_THREADS = 128
+MERGE_BLOCKS = 16  # of a multiprocessor, at most
 WARPS = 4
 CHUNK_ROWS = 16 * WARPS
 SIMPLE_THREADS = 256
@@ -63,8 +65,13 @@ class Attention:
         if self._cudnn is not None and self._has_prefill and not is_graph:
             self._cudnn.prepare()
 
-    def run(self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, is_graph: bool) -> Tensor:
-        """q [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+    def run(
+        self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, has_splits: bool, is_graph: bool
+    ) -> Tensor:
+        """q [rows, heads, head_dim] -> [rows, heads * head_dim].
+
+        `has_splits`: decode rows may see more than SPLIT_TOKENS tokens.
+        """
         out = q.new_empty(q.shape[0], self.config.q_size)
         if not self.is_tensor_core:
             self._run_simple(q, out, layer)
@@ -77,6 +84,8 @@ class Attention:
         elif has_prefill:
             assert self._cudnn is not None
             self._cudnn.run(q, out, layer)
+        if has_decode and has_splits:
+            self._run_merge(out, layer)
         return out
 
     # What the kernels are compiled for, and launched with
@@ -113,6 +122,11 @@ class Attention:
         return None
 
     @cached_property
+    def _merge(self) -> Kernel:
+        # stages are nothing to it; with two, its module serves decode beside chunks, too
+        return nvrtc.load("paged_attention", {**self._macros, "STAGES": 2}).kernel("merge_splits")
+
+    @cached_property
     def _chunks(self) -> KernelShape:
         kv_tile = 32 if self.config.head_dim > 128 else 64
         size = 2 * 2 * kv_tile * (self.config.head_dim + 8) * 2
@@ -137,52 +151,47 @@ class Attention:
     def _partials(self) -> Tensor:
         """What splits leave for the merge."""
         rows = min(self.group, 16)
+        units = self.config.num_kv_heads * -(-self.group // 16)
         size = rows * self.config.head_dim + -(-2 * rows // 4) * 4
-        return torch.empty(self._max_splits * self._units * size, dtype=torch.float32, device=self.pool.device)
-
-    @cached_property
-    def _counters(self) -> Tensor:
-        """How many splits of a request's heads are done: 0 between launches."""
-        size = self.plan.capacity["seq_lens"] * self._units
-        return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
-
-    @property
-    def _units(self) -> int:
-        """Parts of the query heads that are attended apart."""
-        return self.config.num_kv_heads * -(-self.group // 16)
+        return torch.empty(self._max_splits * units * size, dtype=torch.float32, device=self.pool.device)
 
     @property
     def _chunk_tokens(self) -> int:
         return CHUNK_ROWS // self.group
 
-    def _new_items(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(how many, decode items, prefill items) of one window."""
+    def _new_items(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(how many, decode items, prefill items, spans of decode requests) of one window."""
         tiles = self.plan.capacity["token_ids"] // max(1, self._chunk_tokens) + self.plan.capacity["seq_lens"]
-        count, decode, prefill = (
+        count, decode, prefill, spans = (
             torch.zeros(size, dtype=torch.int32, device=self.pool.device)
-            for size in (4, self._max_splits * 4, tiles * 4)
+            for size in (4, self._max_splits * 4, tiles * 4, self.plan.capacity["seq_lens"] * 2)
         )
-        return count, decode, prefill
+        return count, decode, prefill, spans
 
     def _list_work(self, window: int | None) -> None:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
         sizes = (window or 0, self._chunk_tokens, self.pool.page_tokens)
         threads = 512
-        args = (*(self.plan[name] for name in names), *sizes, *self._items[window])
+        args: tuple[Argument, ...] = (*(self.plan[name] for name in names), *sizes, *self._items[window])
         self._work(1, threads, args, (threads + 1) * 4, programmatic=True)
 
     def _run_decode(self, q: Tensor, out: Tensor, layer: int, *, leaves_room: bool) -> None:
         kernel, blocks, shared = self._decode_beside_chunks if leaves_room else self._decode
         window = self.config.windows[layer]
-        num_items, decode, _ = self._items[window]
+        num_items, decode, *_ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
-        kernel(blocks, WARPS * 32, (*tensors, self._partials, self._counters, *numbers), shared, programmatic=True)
+        kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
+
+    def _run_merge(self, out: Tensor, layer: int) -> None:
+        spans = self._items[self.config.windows[layer]][3]
+        heads = min(out.shape[0] * self.config.num_heads, MERGE_BLOCKS * self._properties.multi_processor_count)
+        self._merge(heads, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
 
     def _run_chunks(self, q: Tensor, out: Tensor, layer: int, *, is_beside_decode: bool) -> None:
         kernel, blocks, shared = self._chunks
         window = self.config.windows[layer]
-        num_items, _, prefill = self._items[window]
+        num_items, _, prefill, _ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, prefill)
         arrays = tuple(self.plan[name] for name in ("query_indptr", "seq_lens", "page_indptr", "page_indices"))
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
