@@ -291,14 +291,10 @@ __device__ unsigned choose(const Row& row, Shared& shared, int size, double mass
     return static_cast<unsigned>(shared.candidates[min(place, (is_unfiltered ? size : kept) - 1)]);
 }
 
-__device__ int sample_row(const Row& row, Shared& shared, const Filters& filters) {
+// `best_of_thread`: of the elements that this thread sees.
+__device__ int sample_row(const Row& row, Shared& shared, const Filters& filters, float best_of_thread) {
     __shared__ int size;
-    unsigned nearest = NONE;
-    for_each(row.logits, row.vocab, [&](int, float logit) {
-        nearest = min(nearest, __float_as_uint(row.distance(logit)));
-    });
-    __syncthreads();
-    shared.bests[threadIdx.x] = nearest;
+    shared.bests[threadIdx.x] = __float_as_uint(row.distance(best_of_thread));  // the least distance: rounding keeps order
     sort(shared.bests, THREADS);
     const unsigned limit = row.vocab <= MOST ? NONE : shared.bests[ENOUGH - 1];
     __syncthreads();
@@ -351,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     int chosen = is_valid ? static_cast<int>(static_cast<unsigned>(best)) : -1;
     if (is_valid && temperature[i] > 0.0f) {
         const Row row = {logits + at, vocab, logits[at + chosen], temperature[i]};
-        chosen = sample_row(row, shared, {top_k[i], top_p[i], min_p[i], uniform[i]});
+        chosen = sample_row(row, shared, {top_k[i], top_p[i], min_p[i], uniform[i]}, max);
     }
     if (threadIdx.x == 0) ids[i] = chosen;
 }

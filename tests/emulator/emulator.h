@@ -19,6 +19,7 @@
 #include <random>
 #include <vector>
 
+using std::isfinite;
 using std::max;
 using std::min;
 #define __device__
@@ -68,7 +69,7 @@ struct Barrier {
 };
 struct Block {
   Dim index;
-  int num_threads, num_arrived = 0, num_done = 0;
+  int num_threads, num_arrived = 0, num_done = 0, num_against = 0;
   long generation = 0;
   bool has_waited = false; // for pages
   std::vector<uint4> shared;
@@ -164,6 +165,16 @@ inline void __syncthreads() {
     wait_until([&] { return block.generation != before; });
   }
 }
+inline bool __syncthreads_and(bool vote) {
+  Block& block = *lane_now->block;
+  block.num_against += !vote;
+  __syncthreads();
+  bool all = block.num_against == 0;
+  __syncthreads();
+  block.num_against = 0;
+  __syncthreads();
+  return all;
+}
 inline void sync_cluster() {
   long before = generation;
   if (++num_arrived == (int)lanes.size()) {
@@ -172,8 +183,9 @@ inline void sync_cluster() {
     wait_until([&] { return generation != before; });
   }
 }
-inline int atomicAdd(int* at, int by) {
-  int before = *at;
+template <typename T>
+T atomicAdd(T* at, T by) {
+  T before = *at;
   *at += by;
   return before;
 }
@@ -211,6 +223,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; i++) to |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
   return to;
 }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned long long __float2ull_rn(float x) { return llrintf(x); }
 inline float fmaf(float a, float b, float c) { return a * b + c; }
 template <typename To, typename From>
 To bits(From x) {

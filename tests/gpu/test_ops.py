@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from filters import is_border, random_filters
 from planning import Request, World, tiny_config
 
 from slora.kernels import reference
@@ -296,33 +297,16 @@ def test_sample_equals_the_reference(vocab: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(n, vocab, generator=generator) * spread
     logits[::3] = logits[::3].bfloat16().float()  # many equal ones
-    pick = lambda *values: torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]  # noqa: E731
-    params = (
-        torch.rand(n, generator=generator) * 1.7 + 0.3,
-        pick(0, 0, 1, 3, 280, 10_000).int(),
-        pick(1.0, 1.0, 0.95, 0.3, 1e-6),
-        pick(0.0, 0.0, 0.05, 0.9),
-        torch.rand(n, generator=generator),
-    )
+    params = random_filters(n, generator)
     expected = reference.sample(logits, *params)
     got = cuda.sample(logits.cuda(), *(p.cuda() for p in params)).cpu()
     wrong = (got != expected).nonzero()[:, 0].tolist()
     for row in wrong:  # only where the uniform number lies on the border of two tokens
-        assert is_border(logits[row], *(p[row] for p in params), got[row], expected[row]), [p[row] for p in params]
+        assert is_border(logits[row], tuple(p[row] for p in params), got[row]), [p[row] for p in params]
     assert len(wrong) <= 2
     rows = [0, 50, 132]
     alone = [cuda.sample(logits[i : i + 1].cuda(), *(p[i : i + 1].cuda() for p in params)).item() for i in rows]
     assert alone == got[rows].tolist()
-
-
-def is_border(logits, temperature, top_k, top_p, min_p, uniform, got, expected) -> bool:  # type: ignore[no-untyped-def]
-    """Whether a uniform number next to this one gives the other token."""
-    for offset in (-3e-7, 3e-7, -1e-5, 1e-5):
-        moved = (uniform + offset).clamp(0, 1 - 2**-24)
-        args = (p[None] for p in (logits, temperature, top_k, top_p, min_p, moved))
-        if int(reference.sample(*args)[0]) == int(got):
-            return True
-    return False
 
 
 def test_greedy_takes_the_first_of_equals_and_reports_what_is_not_finite() -> None:
