@@ -123,6 +123,14 @@ __device__ void sort(T* values, int size) {
     __syncthreads();
 }
 
+// The n-th smallest of the threads' values, which are below 2^31: the largest that fewer than n are below of.
+__device__ unsigned nth(unsigned value, int n) {
+    unsigned found = 0;
+    for (unsigned bit = 1u << 30; bit > 0; bit /= 2)
+        if (__syncthreads_count(value < found + bit) < n) found += bit;
+    return found;
+}
+
 __device__ __forceinline__ float distance_of(u64 candidate) { return __uint_as_float(candidate >> 32); }
 
 struct Filters {
@@ -131,7 +139,6 @@ struct Filters {
 };
 
 union Shared {
-    unsigned bests[THREADS];
     struct {
         u64 candidates[MOST];
         double cumulative[MOST];
@@ -313,10 +320,8 @@ __device__ __noinline__ float consider(Row row, int id, float logit, unsigned li
 // `best_of_thread`: of the elements that this thread sees.
 __device__ int sample_row(const Row& row, Shared& shared, const Filters& filters, float best_of_thread) {
     __shared__ int size;
-    shared.bests[threadIdx.x] = __float_as_uint(row.distance(best_of_thread));  // the least distance: rounding keeps order
-    sort(shared.bests, THREADS);
-    const unsigned limit = row.vocab <= MOST ? NONE : shared.bests[ENOUGH - 1];
-    __syncthreads();
+    const unsigned nearest = __float_as_uint(row.distance(best_of_thread));  // rounding keeps order
+    const unsigned limit = row.vocab <= MOST ? NONE : nth(nearest, ENOUGH);
     if (threadIdx.x == 0) size = 0;
     __syncthreads();
     // Few distances need be exact: a product instead of a quotient is off by a few units in the last place. Where that cannot

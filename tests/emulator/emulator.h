@@ -69,7 +69,7 @@ struct Barrier {
 };
 struct Block {
   Dim index;
-  int num_threads, num_arrived = 0, num_done = 0, num_against = 0;
+  int num_threads, num_arrived = 0, num_done = 0, num_votes = 0;
   long generation = 0;
   bool has_waited = false; // for pages
   std::vector<uint4> shared;
@@ -165,16 +165,17 @@ inline void __syncthreads() {
     wait_until([&] { return block.generation != before; });
   }
 }
-inline bool __syncthreads_and(bool vote) {
+inline int __syncthreads_count(bool vote) {
   Block& block = *lane_now->block;
-  block.num_against += !vote;
+  block.num_votes += vote;
   __syncthreads();
-  bool all = block.num_against == 0;
+  int count = block.num_votes;
   __syncthreads();
-  block.num_against = 0;
+  block.num_votes = 0;
   __syncthreads();
-  return all;
+  return count;
 }
+inline bool __syncthreads_and(bool vote) { return __syncthreads_count(vote) == lane_now->block->num_threads; }
 inline void sync_cluster() {
   long before = generation;
   if (++num_arrived == (int)lanes.size()) {
