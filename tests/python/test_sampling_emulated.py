@@ -52,3 +52,14 @@ def test_forbidden_tokens_are_never_sampled(library: ctypes.CDLL) -> None:
     got, expected = sample(library, raw, logits, filters), reference.sample(logits, *filters)
     assert torch.equal(got.long(), expected)
     assert got.min() >= 5000 - 40
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-7, 2e-6, 0.05, 100.0])
+def test_any_temperature_will_do(library: ctypes.CDLL, temperature: float) -> None:
+    n, generator = 8, torch.Generator().manual_seed(1)
+    logits = torch.randn(n, 20_000, generator=generator) * 4
+    filters = (torch.full((n,), temperature), *random_filters(n, generator)[1:])
+    expected, got = reference.sample(logits, *filters), sample(library, logits, logits, filters)
+    for row in (got != expected).nonzero()[:, 0].tolist():
+        assert is_border(logits[row], tuple(p[row] for p in filters), got[row])
+    assert (got != expected).sum() <= 1
