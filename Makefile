@@ -115,7 +115,7 @@ sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer; TOOL=memche
 
 bench-gpu: gpu-env ## Measure kernels, steps and swap-ins of the installed wheel on a CUDA device, into OUT
 	mkdir -p $(OUT)
-	for bench in attention lora alternatives step serving; do \
+	for bench in attention lora alternatives step serving generation; do \
 	  $(GPU_ENV)/bin/python benches/kernels/$$bench.py --out $(OUT)/gpu-$$bench.json; \
 	done
 

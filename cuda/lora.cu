@@ -26,7 +26,8 @@ struct Groups {
 
 // Where the rows of a segment's A lie (those of its modules follow each other), and of each module's B.
 __device__ __forceinline__ Segment describe(
-    const Pool& pool, const Group& group, int layer, int adapter, int first_row, int num_rows, int most_few, int sum_chunks) {
+    const Pool& pool, const Group& group, const Work& work, int layer, int adapter, int first_row, int num_rows, int most_few,
+    int sum_chunks) {
   Segment s = {first_row, num_rows, adapter};
   s.sum_chunks = DTYPE != 0 && num_rows > most_few ? sum_chunks : 0;
   int num_splits = 0, stride = row_bytes(group.in);
@@ -58,20 +59,21 @@ __device__ __forceinline__ Segment describe(
   }
   if (!num_splits) s.a_split = s.ranks;
   s.is_far |= num_splits > 1;
-  s.tiles = ceil_div(s.ranks, 16);
+  s.out_columns = HAS_CLUSTER && sum_chunks == SUM_CHUNKS ? OUT_COLUMNS : OUT_COLUMNS / 4;
+  s.sums_stride = HAS_CLUSTER ? work.sums_stride * (SUM_CHUNKS / sum_chunks) : work.sums_stride;
   return s;
 }
 
 __device__ __forceinline__ void count_items(const Group& group, const Segment& s, bool leaves_expand, int counts[NUM_LISTS]) {
-  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles)), columns = 0, rest = ceil_div(group.out[0], SILU_COLUMNS);
-  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s.modules[m].rank, s.is_many()));
+  int parts = ceil_div(group.in, chunk_columns(group.in, s.tiles())), columns = 0, rest = ceil_div(group.out[0], SILU_COLUMNS);
+  for (int m = 0; m < group.num_modules; m++) columns += ceil_div(group.out[m], item_columns(s, s.modules[m].rank));
   if (s.is_many()) {
-    counts[MANY] = ceil_div(s.num_rows, SHRINK_ROWS) * ceil_div(s.tiles, MANY_TILES) * ceil_div(parts, s.sum_chunks);
+    counts[MANY] = ceil_div(s.num_rows, SHRINK_ROWS) * ceil_div(s.tiles(), max(1, s.tiles_at_once())) * ceil_div(parts, s.sum_chunks);
     counts[MANY_OUT] = ceil_div(s.num_rows, EXPAND_ROWS) * (leaves_expand ? rest : columns);
   } else {
     if (leaves_expand) counts[REST] = ceil_div(s.num_rows, 8) * rest;
 #if !HAS_CLUSTER // else units
-    counts[FEW] = ceil_div(s.num_rows, 8) * s.tiles * parts;
+    counts[FEW] = ceil_div(s.num_rows, 8) * s.tiles() * parts;
     counts[FEW_OUT] = ceil_div(s.num_rows, 8) * columns;
 #endif
   }
@@ -88,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(256) lora_work(
     int i = first + threadIdx.x, ends[NUM_LISTS] = {};
     if (i < n) {
       int first_row = seg_indptr[i], rows = seg_indptr[i + 1] - first_row;
-      Segment s = describe(pool, group, layer, seg_adapter[i], first_row, rows, most_few, sum_chunks);
+      Segment s = describe(pool, group, work, layer, seg_adapter[i], first_row, rows, most_few, sum_chunks);
       count_items(group, s, list % 4 == expanding_group, ends);
       work.segments[(long long)list * work.max_segments + i] = s;
     }

@@ -20,9 +20,9 @@ struct Sums {
   int row_stride, part_stride, parts, chunks; // of a part; 0: as of few rows
 
   __device__ __forceinline__ Sums(const Group& group, const Work& work, const Segment& s)
-      : row_stride(work.row_stride(s)), part_stride(s.tiles * 16), chunks(s.sum_chunks) {
+      : row_stride(s.sums_stride), part_stride(s.tiles() * 16), chunks(s.sum_chunks) {
     at = work.sums + (long long)s.first_row * row_stride;
-    parts = ceil_div(ceil_div(group.in, chunk_columns(group.in, s.tiles)), max(1, chunks));
+    parts = ceil_div(ceil_div(group.in, chunk_columns(group.in, s.tiles())), max(1, chunks));
   }
 
   // Ranks `k` .. `k` + 4 of the group's, those from the `valid`th on are zeros.
@@ -101,7 +101,7 @@ __device__ __forceinline__ OutItem out_item(const Group& group, const Segment& s
     if (m >= group.num_modules) break;
     item.module = s.modules[m];
     item.index = m;
-    item.columns = item_columns(item.module.rank, s.is_many());
+    item.columns = item_columns(s, item.module.rank);
     item.out = group.out[m];
     int n = ceil_div(item.out, item.columns);
     if (i < n) break;
@@ -244,12 +244,13 @@ struct ExpandMemory {
   uint4 w[EXPAND_STAGES][modules][RANK_BLOCK][64 / 8];  // 64 columns; 8 of them swizzled by their rank
 };
 
-// Of a whole block: for every 64 columns of `begin` .. `end`, `use(column, acc)` of EXPAND_ROWS rows from `row` on and the
-// `modules` from `first_module` on. More than RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
-template <bool IS_LARGE, int modules, typename Use>
+// Of a whole block: for every 64 columns of `begin` .. `end`, `consumer.expect(column)`, and when they are there
+// `consumer.take(column, acc)`, of EXPAND_ROWS rows from `row` on and the `modules` from `first_module` on. More than
+// RANK_BLOCK ranks take a turn for each RANK_BLOCK: IS_LARGE.
+template <bool IS_LARGE, int modules, typename Consumer>
 __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, const Pool& pool, const Group& group,
                                              const Work& work, const Segment& s, int layer, int first_module, int row,
-                                             int begin, int end, Use use) {
+                                             int begin, int end, Consumer& consumer) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, most = 0;
   int my_row = row + warp * 8 + g;
   int end_of_rows = first_module == 0 ? group.out[0] : first_module == 1 ? group.out[1] : group.out[2];
@@ -309,6 +310,7 @@ __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, cons
   int column = begin, block = 0, stage = 0;
 #pragma unroll 1
   for (int turn = 0; turn < num_turns; turn++) {
+    if (block == 0) consumer.expect(column);
     wait_copies<EXPAND_STAGES - 2>();
     __syncthreads();
     fill();
@@ -323,32 +325,42 @@ __device__ __forceinline__ void expand_tiles(ExpandMemory<modules>& memory, cons
       }
     if (++stage == EXPAND_STAGES) stage = 0;
     if (++block < blocks) continue;
-    use(column, acc);
+    consumer.take(column, acc);
     block = 0, column += 64;
 #pragma unroll
     for (int e = 0; e < modules * 16; e++) acc[e / 16][e / 4 % 4][e % 4] = 0;
   }
 }
 
-template <int modules, typename Use>
+template <int modules, typename Consumer>
 __device__ __forceinline__ void expand_many(ExpandMemory<modules>& memory, const Pool& pool, const Group& group, const Work& work,
-                                            const Segment& s, int layer, int first_module, int row, int begin, int end, Use use) {
+                                            const Segment& s, int layer, int first_module, int row, int begin, int end,
+                                            Consumer& consumer) {
   bool is_large = false;
 #pragma unroll
   for (int m = 0; m < modules; m++) is_large |= s.modules[first_module + m].rank > RANK_BLOCK;
-  if (is_large) expand_tiles<true>(memory, pool, group, work, s, layer, first_module, row, begin, end, use);
-  else expand_tiles<false>(memory, pool, group, work, s, layer, first_module, row, begin, end, use);
+  if (is_large) expand_tiles<true>(memory, pool, group, work, s, layer, first_module, row, begin, end, consumer);
+  else expand_tiles<false>(memory, pool, group, work, s, layer, first_module, row, begin, end, consumer);
 }
+
+// Columns of a lane's rows, to memory.
+struct Store {
+  Element* delta;
+  int stride, rows, out;
+
+  __device__ __forceinline__ void expect(int) {}
+  __device__ __forceinline__ void take(int column, const float acc[1][4][4]) {
+    store_columns(delta, stride, rows, column + threadIdx.x % 32 / 4 * 8, out, acc[0]);
+  }
+};
 
 __device__ __forceinline__ void expand_many(ExpandMemory<1>& memory, const Pool& pool, const Group& group, const Work& work,
                                             const Segment& s, int layer, int i, Element* delta) {
   OutItem item = out_item(group, s, EXPAND_ROWS, i);
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = threadIdx.x / 32 * 8 + t * 2;
+  int first = threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
   delta += (long long)(s.first_row + item.row + first) * group.out_stride + item.delta_column;
+  Store store = {delta, group.out_stride, item.num_rows - first, item.out};
   int end = min(item.out, item.column + item.columns);
-  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, end,
-                 [&](int column, const float acc[1][4][4]) {
-                   store_columns(delta, group.out_stride, item.num_rows - first, column + g * 8, item.out, acc[0]);
-                 });
+  expand_many<1>(memory, pool, group, work, s, layer, item.index, item.row, item.column, end, store);
 }
 #endif

@@ -10,7 +10,7 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
                                            int layer, int i, const Element* x, bool& has_waited) {
   FewItem item = few_item(group, s, i);
   int lane = threadIdx.x % 32, rows = min(8, s.num_rows - item.row);
-  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * chunk, end = min(group.in, begin + chunk);
+  int chunk = chunk_columns(group.in, s.tiles()), begin = item.part * chunk, end = min(group.in, begin + chunk);
   const Element* x_rows = x + (long long)(s.first_row + item.row) * group.in;
   wait_once(has_waited);
   for (int r = 0; r < 16; r++) {
@@ -25,8 +25,8 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       for (int d = 16; d; d /= 2) acc[j] += __shfl_xor_sync(~0u, acc[j], d);
-      float* to = work.sums + (long long)(s.first_row + item.row + j) * work.sums_stride;
-      if (lane == 0 && j < rows) __stcg(to + (item.part * s.tiles + item.tile) * 16 + r, acc[j]);
+      float* to = work.sums + (long long)(s.first_row + item.row + j) * s.sums_stride;
+      if (lane == 0 && j < rows) __stcg(to + (item.part * s.tiles() + item.tile) * 16 + r, acc[j]);
     }
   }
 }

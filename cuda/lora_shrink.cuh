@@ -40,18 +40,18 @@ struct FewItem {
 };
 
 __device__ __forceinline__ FewItem few_item(const Group& group, const Segment& s, int i) {
-  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in, s.tiles));
+  int row_tiles = ceil_div(s.num_rows, 8), parts = ceil_div(group.in, chunk_columns(group.in, s.tiles()));
   return {i % row_tiles * 8, i / row_tiles % parts, i / row_tiles / parts};
 }
 
-// The same of the MANY list: SHRINK_ROWS rows from `row`, MANY_TILES tiles from `tile`, part `part`.
+// The same of the MANY list: SHRINK_ROWS rows from `row`, the segment's tiles_at_once() from `tile`, part `part`.
 struct ManyItem {
   int row, part, tile;
 };
 
-__device__ __forceinline__ ManyItem many_item(int num_rows, int tiles, int i) {
-  int row_tiles = ceil_div(num_rows, SHRINK_ROWS), blocks = ceil_div(tiles, MANY_TILES);
-  return {i / blocks % row_tiles * SHRINK_ROWS, i / blocks / row_tiles, i % blocks * MANY_TILES};
+__device__ __forceinline__ ManyItem many_item(const Segment& s, int i) {
+  int row_tiles = ceil_div(s.num_rows, SHRINK_ROWS), blocks = ceil_div(s.tiles(), s.tiles_at_once());
+  return {i / blocks % row_tiles * SHRINK_ROWS, i / blocks / row_tiles, i % blocks * s.tiles_at_once()};
 }
 
 #if DTYPE != 0
@@ -64,8 +64,8 @@ __device__ __forceinline__ void shrink_step(float acc[4], uint4 low, uint4 high,
 // Ranks of `tile` for rows `row` and `row` + 1 of the segment.
 __device__ __forceinline__ void store_sums(const Work& work, const Segment& s, int row, int part, int tile, const float acc[4]) {
   int g = threadIdx.x % 32 / 4;
-  float* to = work.sums + (long long)(s.first_row + row) * work.row_stride(s) + (part * s.tiles + tile) * 16 + g;
-  for (int j = 0; j < 2; j++, to += work.row_stride(s)) {
+  float* to = work.sums + (long long)(s.first_row + row) * s.sums_stride + (part * s.tiles() + tile) * 16 + g;
+  for (int j = 0; j < 2; j++, to += s.sums_stride) {
     if (row + j >= s.num_rows) break;
     __stcg(to, acc[j]);
     __stcg(to + 8, acc[j + 2]);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
   const char* high = a_row(pool, group, s, layer, item.tile * 16 + g + 8);
   const Element* x_row = x + (long long)(s.first_row + min(item.row + g, s.num_rows - 1)) * group.in;
   float acc[4] = {};
-  int chunk = chunk_columns(group.in, s.tiles), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
+  int chunk = chunk_columns(group.in, s.tiles()), end = min(group.in, (item.part + 1) * chunk), last = (group.in - 1) / 8 * 8;
   for (int k = item.part * chunk + t * 8; k - t * 8 < end; k += 256) {
     uint4 w[8][2], v[8];
 #pragma unroll
@@ -102,14 +102,13 @@ __device__ __forceinline__ void shrink_few(const Pool& pool, const Group& group,
 }
 
 // Add the sums of chunk `i`: in order, or with clusters in the tree of their leaves, up to four of them.
-__device__ __forceinline__ void add_chunk(float total[16], float pair[16], const float acc[16], int i) {
+template <int N>
+__device__ __forceinline__ void add_chunk(float (&total)[N], float (&pair)[N], const float (&acc)[N], int i) {
 #pragma unroll
-  for (int e = 0; e < 16; e++) {
-    if (!HAS_CLUSTER) total[e] += acc[e];
-    else if (i % 4 == 0) total[e] = acc[e];
-    else if (i % 4 == 1) total[e] += acc[e];
-    else if (i % 4 == 2) pair[e] = acc[e];
-    else total[e] += pair[e] + acc[e];
+  for (int e = 0; e < N; e++) {
+    if (i == 0) total[e] = acc[e];
+    else if (HAS_CLUSTER && i == 2) pair[e] = acc[e];
+    else total[e] += HAS_CLUSTER && i == 3 ? pair[e] + acc[e] : acc[e];
   }
 }
 
@@ -119,28 +118,32 @@ struct ShrinkMemory {
 };
 
 // Of a whole block: the same sums as of few rows, added up over sum_chunks chunks.
-__device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& pool, const Group& group, const Work& work,
-                                            const Segment& s, int layer, int i, const Element* x) {
+template <int TILES>
+__device__ __forceinline__ void shrink_tiles(ShrinkMemory& memory, const Pool& pool, const Group& group, const Work& work,
+                                             const Segment& s, int layer, const ManyItem& item, const Element* x) {
   constexpr int pieces = STAGE_K / 8, rows_at_once = THREADS / pieces, x_turns = SHRINK_ROWS / rows_at_once;
-  static_assert(MANY_TILES * 16 == rows_at_once, "each thread copies one piece of A");
+  constexpr int ranks = TILES * 16, a_turns = (ranks + rows_at_once - 1) / rows_at_once;
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp_row = threadIdx.x / 32 * 16;
   int my_row = threadIdx.x / pieces, my_column = threadIdx.x % pieces * 8, last = (group.in - 1) / 8 * 8;
-  ManyItem item = many_item(s.num_rows, s.tiles, i);
-  int chunk = chunk_columns(group.in, s.tiles), begin = item.part * s.sum_chunks * chunk, steps = ceil_div(chunk, STAGE_K);
-  const char* a_source = a_row(pool, group, s, layer, item.tile * 16 + my_row);
-  bool is_a = item.tile * 16 + my_row < s.tiles * 16;
-  const Element* x_source[x_turns];
+  int chunk = chunk_columns(group.in, s.tiles()), begin = item.part * s.sum_chunks * chunk, steps = ceil_div(chunk, STAGE_K);
+  const char* a_source[a_turns];
 #pragma unroll
-  for (int j = 0; j < x_turns; j++)
-    x_source[j] = x + (long long)(s.first_row + min(item.row + my_row + j * rows_at_once, s.num_rows - 1)) * group.in;
+  for (int j = 0; j < a_turns; j++) a_source[j] = a_row(pool, group, s, layer, item.tile * 16 + my_row + j * rows_at_once);
+  int x_rows[x_turns];
+#pragma unroll
+  for (int j = 0; j < x_turns; j++) x_rows[j] = s.first_row + min(item.row + my_row + j * rows_at_once, s.num_rows - 1);
   int next_chunk = begin, next_column = 0; // what to ask for
   auto fill = [&](int stage) {
     int k = next_chunk + next_column + my_column, end = min(group.in, next_chunk + chunk);
     if (next_chunk < begin + s.sum_chunks * chunk) {
-      char* to = memory.x[stage] + my_row * K_STRIDE + my_column * 2;
+      int place = my_row * K_STRIDE + my_column * 2;
 #pragma unroll
-      for (int j = 0; j < x_turns; j++) copy_x(to + j * rows_at_once * K_STRIDE, x_source[j], k, end);
-      copy_async(memory.a[stage] + my_row * K_STRIDE + my_column * 2, a_source + min(k, last) * 2, is_a);
+      for (int j = 0; j < x_turns; j++)
+        copy_x(memory.x[stage] + place + j * rows_at_once * K_STRIDE, x + (long long)x_rows[j] * group.in, k, end);
+#pragma unroll
+      for (int j = 0; j < a_turns; j++)
+        if (my_row + j * rows_at_once < ranks)
+          copy_async(memory.a[stage] + place + j * rows_at_once * K_STRIDE, a_source[j] + min(k, last) * 2, true);
     }
     commit_copies();
     next_column += STAGE_K;
@@ -148,7 +151,7 @@ __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& po
   };
   __syncthreads(); // the item before has been read
   for (int stage = 0; stage < SHRINK_STAGES - 1; stage++) fill(stage);
-  float total[16] = {}, pair[16], acc[4][4] = {}; // [tile, 8 rows, 4]
+  float total[TILES * 8] = {}, pair[TILES * 8], acc[TILES * 8] = {}; // [tile, 8 rows, 4]
   bool is_mine = item.row + warp_row < s.num_rows;
   for (int step = 0, of_chunk = 0, c = 0; step < s.sum_chunks * steps; step++) {
     wait_copies<SHRINK_STAGES - 2>();
@@ -159,26 +162,35 @@ __device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& po
     const char* w_at = memory.a[step % SHRINK_STAGES] + g * K_STRIDE + t * 16;
 #pragma unroll
     for (int j = 0; j < STAGE_K / 32; j++) {
-      uint4 v[2], w[MANY_TILES * 2];
+      uint4 v[2], w[TILES * 2];
 #pragma unroll
       for (int m = 0; m < 2; m++) v[m] = *(const uint4*)(v_at + m * 8 * K_STRIDE + j * 64);
 #pragma unroll
-      for (int m = 0; m < MANY_TILES * 2; m++) {
+      for (int m = 0; m < TILES * 2; m++) {
         int valid = group.in - begin - c * chunk - of_chunk * STAGE_K - j * 32 - t * 8;
         w[m] = mask_tail(*(const uint4*)(w_at + m * 8 * K_STRIDE + j * 64), valid);
       }
 #pragma unroll
-      for (int m = 0; m < 4; m++) shrink_step(acc[m], w[m / 2 * 2], w[m / 2 * 2 + 1], v[m % 2]);
+      for (int m = 0; m < TILES * 2; m++) shrink_step(acc + m * 4, w[m / 2 * 2], w[m / 2 * 2 + 1], v[m % 2]);
     }
     if (++of_chunk < steps) continue;
     of_chunk = 0;
-    add_chunk(total, pair, acc[0], c++);
+    add_chunk(total, pair, acc, c++);
 #pragma unroll
-    for (int e = 0; e < 16; e++) acc[e / 4][e % 4] = 0;
+    for (int e = 0; e < TILES * 8; e++) acc[e] = 0;
   }
 #pragma unroll
-  for (int m = 0; m < 4; m++)
-    if (item.tile + m / 2 < s.tiles && is_mine)
+  for (int m = 0; m < TILES * 2; m++)
+    if (item.tile + m / 2 < s.tiles() && is_mine)
       store_sums(work, s, item.row + warp_row + m % 2 * 8 + t * 2, item.part, item.tile + m / 2, total + m * 4);
+}
+
+__device__ __forceinline__ void shrink_many(ShrinkMemory& memory, const Pool& pool, const Group& group, const Work& work,
+                                            const Segment& s, int layer, int i, const Element* x) {
+  ManyItem item = many_item(s, i);
+  int tiles = s.tiles_at_once();
+  if (tiles == 1) shrink_tiles<1>(memory, pool, group, work, s, layer, item, x);
+  else if (tiles == 2) shrink_tiles<2>(memory, pool, group, work, s, layer, item, x);
+  else shrink_tiles<3>(memory, pool, group, work, s, layer, item, x);
 }
 #endif

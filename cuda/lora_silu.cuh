@@ -28,6 +28,33 @@ __device__ __forceinline__ uint4 silu_mul_columns(uint4 gate, uint4 up, uint4 ga
                     silu_mul_pair(gate.z, up.z, gate_delta.z, up_delta.z), silu_mul_pair(gate.w, up.w, gate_delta.w, up_delta.w));
 }
 
+// The product's columns of a lane's rows, to memory.
+struct SiluMul {
+  const Group& group;
+  const Element* gate_up; // of the lane's first row and column
+  Element* out;
+  int rows, end;      // of them, of the columns
+  int line, line_end; // from there to the lane's line of 64 columns, of the warp's of gate and up; where its lines end
+  GateUp in;
+
+  __device__ __forceinline__ void prefetch_line(int column) {
+    if (column < line_end) prefetch(gate_up + column + line);
+  }
+
+  __device__ __forceinline__ void expect(int column) {
+    in.load(gate_up + column, group, column + threadIdx.x % 32 / 4 * 8 < end ? rows : 0);
+    prefetch_line(column + 64);
+  }
+
+  __device__ __forceinline__ void take(int column, const float acc[2][4][4]) {
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+      if (j < rows && column + threadIdx.x % 32 / 4 * 8 < end)
+        *(uint4*)(out + (long long)j * group.out[0] + column) =
+            silu_mul_columns(in.at[0][j], in.at[1][j], columns_of(acc[0], j), columns_of(acc[1], j));
+  }
+};
+
 // Of a whole block: EXPAND_ROWS rows x SILU_COLUMNS of a segment of many rows.
 __device__ __forceinline__ void silu_mul_many(ExpandMemory<2>& memory, const Pool& pool, const Group& group, const Work& work,
                                               const Segment& s, int layer, int i, const Element* gate_up, Element* out) {
@@ -36,17 +63,10 @@ __device__ __forceinline__ void silu_mul_many(ExpandMemory<2>& memory, const Poo
   int first = row + threadIdx.x / 32 * 8 + t * 2, rows = s.num_rows - first;
   gate_up += (long long)(s.first_row + first) * group.out_stride + g * 8;
   out += (long long)(s.first_row + first) * inner + g * 8;
-  GateUp next;
-  next.load(gate_up + begin, group, begin + g * 8 < end ? rows : 0);
-  expand_many<2>(memory, pool, group, work, s, layer, 0, row, begin, end, [&](int column, const float acc[2][4][4]) {
-    GateUp in = next;
-    next.load(gate_up + column + 64, group, column + 64 + g * 8 < end ? rows : 0);
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-      if (j < rows && column + g * 8 < end)
-        *(uint4*)(out + (long long)j * inner + column) =
-            silu_mul_columns(in.at[0][j], in.at[1][j], columns_of(acc[0], j), columns_of(acc[1], j));
-  });
+  int line = (lane % 8 - t * 2) * group.out_stride + lane / 8 % 2 * inner - g * 8;
+  SiluMul consumer = {group, gate_up, out, rows, end, line, lane < 16 && lane % 8 - t * 2 < rows ? end : 0};
+  consumer.prefetch_line(begin);
+  expand_many<2>(memory, pool, group, work, s, layer, 0, row, begin, end, consumer);
 }
 
 // Of a warp: 8 rows x SILU_COLUMNS of a segment of few rows, whose delta is in memory if it has an adapter.

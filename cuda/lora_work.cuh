@@ -6,7 +6,7 @@
 // their number follows from (in, out, ranks, rows of the segment) alone:
 //   few       8 rows x one tile x chunk_columns of x
 //   few_out   8 rows x all ranks of a module x item_columns of delta
-//   many      SHRINK_ROWS rows x MANY_TILES tiles x sum_chunks chunks
+//   many      SHRINK_ROWS rows x up to MANY_TILES tiles x sum_chunks chunks
 //   many_out  EXPAND_ROWS rows x all ranks of a module x item_columns of delta
 // Shrinking leaves partial sums, one for each chunk (few) or sum_chunks of them (many); expanding adds them in order.
 // Where there are clusters, units of 8 rows take the place of the items of few rows, and sums are added in a binary tree.
@@ -27,8 +27,9 @@
 #define EXPAND_ROWS 64
 #define EXPAND_STAGES 3
 #define SUM_CHUNKS 4 // sum_chunks at most; steps of fewer rows have 1 or 2, for more items, and as many more sums a row
-#define MANY_TILES 2
+#define MANY_TILES 3
 #define SILU_COLUMNS 1024
+#define OUT_COLUMNS 2048 // of a many_out item in large steps, else a quarter
 #define RANK_BLOCK 64 // ranks whose sums a warp expands together
 // Blocks of a cluster do all of a unit (lora_cluster.cuh) where they have the shared memory for it: not on sm_120.
 #define HAS_CLUSTER (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 && DTYPE != 0 && ALIGNED)
@@ -84,15 +85,20 @@ struct alignas(16) Segment {
   int first_row;
   int num_rows;
   int adapter; // descriptor row, or -1
-  int is_far;  // rows lie in more pages than `Rows` can say: look each up in the descriptor
-  int tiles;
+  short is_far;      // rows lie in more pages than `Rows` can say: look each up in the descriptor
+  short out_columns; // of a many_out item
   int ranks;
   int a_split;
   int sum_chunks; // of many rows: chunks that a partial sum is over; 0: few rows
+  int sums_stride; // from the sums of a row to the next one's
   Rows a; // of all modules
   SegmentModule modules[3];
 
   __device__ __forceinline__ bool is_many() const { return sum_chunks; }
+  __device__ __forceinline__ int tiles() const { return (ranks + 15) / 16; }
+
+  // That a block takes together: x is read once for them.
+  __device__ __forceinline__ int tiles_at_once() const { return tiles() == 4 ? 2 : tiles() < MANY_TILES ? tiles() : MANY_TILES; }
 };
 
 // What clusters do, largest first: segment + MAX_SEGMENTS * (module or ALL_MODULES + 4 * (row / 8)).
@@ -130,11 +136,6 @@ struct Work {
   int sums_stride;
   int max_units;
 
-  // Floats from the sums of a segment's row to the next one's.
-  __device__ __forceinline__ int row_stride(const Segment& s) const {
-    return HAS_CLUSTER ? sums_stride * (SUM_CHUNKS / s.sum_chunks) : sums_stride;
-  }
-
   __device__ __forceinline__ UnitList* units(int list) const {
     return (UnitList*)(unit_lists + (long long)list * (2 + max_units));
   }
@@ -160,8 +161,8 @@ __device__ __forceinline__ int chunk_columns(int in, int tiles) {
 }
 
 // Columns of delta that an item takes: of few rows, about 8 KB of weights.
-__device__ __forceinline__ int item_columns(int rank, bool is_many) {
-  return is_many ? 512 : rank <= 16 ? 256 : rank <= 32 ? 128 : 64;
+__device__ __forceinline__ int item_columns(const Segment& s, int rank) {
+  return s.is_many() ? s.out_columns : rank <= 16 ? 256 : rank <= 32 ? 128 : 64;
 }
 
 // Row i of a module's A (words 2..6 of its descriptor) or B (7..11), wherever it lies.

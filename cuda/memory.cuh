@@ -11,6 +11,9 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
   return v;
 }
 
+// The 128 bytes there will be read soon.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Zeros unless `is_valid`. Not through the read-only path: it may have been written while this kernel started.
 __device__ __forceinline__ uint4 load_if(bool is_valid, const void* from) {
   uint4 v;

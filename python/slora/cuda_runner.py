@@ -149,9 +149,12 @@ class CudaRunner:
             del self._ends[next(iter(self._ends))]
         return CudaPending(done, arrays)
 
-    def warm_up(self) -> None:
-        """Record the graphs of decode steps: other shapes are recorded once they have come a few times."""
-        self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
+    def warm_up(self, max_tokens: int) -> None:
+        """For sequences of up to `max_tokens`: record the graphs of decode steps, and build what large ones need. Other
+        shapes are recorded once they have come a few times."""
+        self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
+        most_rows = min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
+        self.record_graphs(with_splits=max_tokens > SPLIT_TOKENS, most_rows=most_rows)
 
     def copies_done(self) -> list[int]:
         """Steps whose swap-ins have arrived since the last call."""
@@ -159,12 +162,17 @@ class CudaRunner:
 
     @torch.inference_mode()
     def record_graphs(
-        self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None
+        self,
+        *,
+        with_lora: bool = True,
+        with_splits: bool = True,
+        most_rows: int = graphs.MAX_ROWS,
+        show: bool | None = None,
     ) -> None:
-        """Record decode steps of all sizes, with and without splits. No step may be in flight."""
+        """Record decode steps of all sizes, without adapters and splits and with. No step may be in flight."""
         self._plan.clear()
-        sizes, kinds = [*reversed(graphs.buckets(most_rows))], (False, True) if with_lora else (False,)
-        shapes = [StepShape(n, True, False, *kind) for kind in product(kinds, (True, False)) for n in sizes]
+        sizes, kinds = [*reversed(graphs.buckets(most_rows))], product({False, with_lora}, {False, with_splits})
+        shapes = [StepShape(n, True, False, *kind) for kind in kinds for n in sizes]
         for shape in graphs.progress(shapes, len(shapes), show):
             assert isinstance(shape, StepShape)
             self._graphs.record(shape, self._forward_body(shape))

@@ -151,7 +151,7 @@ class Engine:
             max_adapter_pages=limits["max_adapter_pages"],
             host=HostTier(host.slabs, pool.page_bytes),
         )
-        runner.warm_up()
+        runner.warm_up(limits["max_context"])
         loop = StepLoop(self.core, runner, self.device)
         thread = threading.Thread(target=loop.run, name="slora-step", daemon=True)
         thread.start()

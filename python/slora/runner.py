@@ -112,7 +112,7 @@ class Runner:
             self._copied.append(plan.counts.step)
         return Done(output)
 
-    def warm_up(self) -> None:
+    def warm_up(self, max_tokens: int) -> None:
         """Do before the first step what would otherwise hold it up: nothing, here."""
 
     def copies_done(self) -> list[int]:

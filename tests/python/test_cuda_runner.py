@@ -14,6 +14,7 @@ from slora.errors import DeviceError
 from slora.graphs import Graphs
 from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS
+from slora.kernels.cudnn import usual_sizes
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -87,6 +88,16 @@ def test_a_shape_that_comes_often_is_recorded() -> None:
     for key in ("often", "seldom", "often", "seldom", "often", "often"):
         graphs.run(key, lambda key=key: log.append(key))
     assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
+
+
+@pytest.mark.parametrize("most_rows", [520, 2048, 8192])
+def test_attention_of_prompts_of_one_length_is_built_at_the_start(most_rows: int) -> None:
+    built = [*usual_sizes(range(513, most_rows + 1), max_requests=256)]
+    assert len(set(built)) == len(built) < 50
+    for requests in range(1, 257):
+        for query_len in range(max(1, 513 // requests), most_rows // requests + 1):
+            sizes = [1 << (n - 1).bit_length() for n in (requests, query_len)]
+            assert (sizes[0], max(64, sizes[1])) in built, f"{requests} prompts of {query_len} tokens"
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

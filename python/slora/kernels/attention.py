@@ -55,6 +55,11 @@ class Attention:
         dim = self.config.head_dim
         return self.dtype != torch.float32 and dim % 16 == 0 and dim <= MAX_HEAD_DIM and self.group <= CHUNK_ROWS
 
+    def warm_up(self, max_tokens: int, num_rows: range) -> None:
+        """Make what eager steps of so many rows need, for sequences of up to `max_tokens`."""
+        if self._cudnn is not None and num_rows:
+            self._cudnn.warm_up(max_tokens, num_rows)
+
     def prepare(self, *, is_graph: bool) -> None:
         """Build the work lists of the uploaded plan. In a graph its counts are unknown, and nothing depends on them."""
         counts = self.plan.counts

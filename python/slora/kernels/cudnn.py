@@ -1,5 +1,6 @@
 """Prefill attention by cuDNN, which reads the pool's pages as they are (package nvidia-cudnn-frontend)."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,8 +12,8 @@ from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
-MIN_QUERY_LEN, MIN_PAGES = 64, 8
-"""Plans are built for powers of two, from these on."""
+MIN_QUERY_LEN = 64
+"""Plans are built for powers of two of requests and of rows of the longest one, from this on."""
 
 
 @cache
@@ -34,16 +35,26 @@ class PrefillAttention:
         self._cudnn: Any = cudnn
         self._handle = cudnn.create_handle()
         self._graphs: dict[tuple[int, int, int, int | None], Any] = {}
+        self._width = 1  # of page tables: it only grows, so that it seldom makes new plans
         self._tables, self._clear = (nvrtc.load("step").kernel(name) for name in ("page_tables", "clear_tails"))
         self._size = (0, 0, 0)
         self._arrays: tuple[Tensor, ...] = ()
         self._workspace = torch.empty(0, dtype=torch.uint8, device=pool.device)
 
+    def warm_up(self, max_tokens: int, num_rows: range) -> None:
+        """Build the plans of steps of so many rows whose prompts are of about one length, for sequences of up to
+        `max_tokens`. Others are built when they first come, which takes as long as some ten steps."""
+        self._widen(max_tokens)
+        for requests, query_len in usual_sizes(num_rows, self.plan.capacity["seq_lens"]):
+            for window in dict.fromkeys(self.config.windows):
+                self._graph(requests, query_len, self._width, window)
+
     def prepare(self) -> None:
         """Page tables and lengths of the uploaded plan's prefill requests; what lies behind their ends is zeroed."""
         counts, device = self.plan.counts, self.pool.device
         num_requests = _power_of_two(counts.num_requests - counts.num_decode, 1)
-        width = _power_of_two(-(-counts.max_seq_len // self.pool.page_tokens), MIN_PAGES)
+        self._widen(counts.max_seq_len)
+        width = self._width
         self._size = (num_requests, _power_of_two(counts.max_query_len, MIN_QUERY_LEN), width)
         shapes = (num_requests * width, num_requests, num_requests, num_requests + 1)
         self._arrays = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
@@ -57,13 +68,7 @@ class PrefillAttention:
 
     def run(self, q: Tensor, out: Tensor, layer: int) -> None:
         """Rows of q and out [rows, heads, head_dim] from the first prefill row on."""
-        key = (*self._size, self.config.windows[layer])
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._build(*key)
-            size = graph.get_workspace_size()
-            if size > self._workspace.numel():
-                self._workspace = torch.empty(size, dtype=torch.uint8, device=self.pool.device)
+        graph = self._graph(*self._size, self.config.windows[layer])
         first = self.plan.counts.num_decode
         table, query_lens, kv_lens, offsets = (array.data_ptr() for array in self._arrays)
         pool = self.pool
@@ -71,6 +76,19 @@ class PrefillAttention:
         values = (*pointers, out[first:].data_ptr(), query_lens, kv_lens, table, table, offsets)
         self._cudnn.set_stream(handle=self._handle, stream=nvrtc.current_stream())
         graph.execute(dict(enumerate(values, 1)), self._workspace.data_ptr(), handle=self._handle)
+
+    def _widen(self, num_tokens: int) -> None:
+        self._width = _power_of_two(-(-num_tokens // self.pool.page_tokens), self._width)
+
+    def _graph(self, num_requests: int, query_len: int, width: int, window: int | None) -> Any:
+        key = (num_requests, query_len, width, window)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._build(*key)
+            size = graph.get_workspace_size()
+            if size > self._workspace.numel():
+                self._workspace = torch.empty(size, dtype=torch.uint8, device=self.pool.device)
+        return graph
 
     def _build(self, num_requests: int, query_len: int, width: int, window: int | None) -> Any:
         """Tensors have the uids 1 to 9: q, k, v, out, query lengths, KV lengths, page table twice, row offsets."""
@@ -125,6 +143,21 @@ class PrefillAttention:
         graph.check_support()
         graph.build_plans()
         return graph
+
+
+def usual_sizes(num_rows: range, max_requests: int) -> Iterator[tuple[int, int]]:
+    """(requests, rows of each) as plans are built for them: of steps of so many rows, prompts of about one length, and
+    perhaps some decode rows."""
+    query_len, most = MIN_QUERY_LEN, num_rows[-1]
+    while query_len < 2 * most:
+        # Either is less than twice what is there, but for short prompts.
+        most_requests = 4 * most // query_len if query_len > MIN_QUERY_LEN else most
+        requests = 1
+        while requests < min(2 * max_requests, most_requests):
+            if 2 * requests * query_len > num_rows.start:
+                yield requests, query_len
+            requests *= 2
+        query_len *= 2
 
 
 def _power_of_two(n: int, least: int) -> int:

@@ -28,7 +28,7 @@ _PART_ROWS = ((1024, 1), (4096, 2))
 """Steps of up to so many rows sum up so many chunks of a row of many at once: more parts for more blocks."""
 _LISTS, _TOTALS, _SEGMENT_WORDS, _TILE, _THREADS, _BLOCKS_PER_SM = 5, 8, 36, 16, 256, 2
 _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 256, 16, 4, 256
-_CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 92160, 40960
+_CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 101376, 40960
 """Shared memory of a block of `lora_cluster`, `lora_shrink`, and for each module that it expands, `lora_expand`."""
 _GATE_UP = 2
 
