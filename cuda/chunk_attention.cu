@@ -3,6 +3,10 @@
 // [KV_HEADS, HEAD_DIM]. work: items (request, row tile), see step.cu.
 // A block takes (item, KV head) pairs in turn under a constant grid. The 64 rows of its product are the query heads of a
 // KV head for 64 / GROUP tokens, 16 rows a warp; tiles of K and V are shared and double-buffered.
+// In a step with decode rows it runs beside paged_attention, launched before it: that one lets it start only when q, keys
+// and values are there. So it does not wait, and bypasses L1, which may have what was there before them.
+#include "quad.cuh"
+#include "sync.cuh"
 #include "tensor_core.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -37,23 +41,14 @@ __device__ __forceinline__ void copy_tile(
     commit_copies();
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32) chunk_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
     const int* __restrict__ query_indptr, const int* __restrict__ seq_lens, const int* __restrict__ page_indptr,
-    const int* __restrict__ page_indices, int page_rows, int window, float scale) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    const unsigned ring = shared_address(shared);
+    const int* __restrict__ page_indices, int page_rows, int window, float scale, int is_beside_decode) {
+    if (!is_beside_decode) wait_for_previous_kernel();
+    let_next_kernel_start();
+    const unsigned ring = shared_address(shared_memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int total = num_items[1] * KV_HEADS;
     for (int unit = blockIdx.x; unit < total; unit += gridDim.x) {
@@ -84,10 +79,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) chunk_attention(
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
             const int column = k * 16 + t * 2;
-            query[k][0] = *reinterpret_cast<const unsigned*>(q + place[0] + column);
-            query[k][1] = *reinterpret_cast<const unsigned*>(q + place[1] + column);
-            query[k][2] = *reinterpret_cast<const unsigned*>(q + place[0] + column + 8);
-            query[k][3] = *reinterpret_cast<const unsigned*>(q + place[1] + column + 8);
+            query[k][0] = __ldcg(reinterpret_cast<const unsigned*>(q + place[0] + column));
+            query[k][1] = __ldcg(reinterpret_cast<const unsigned*>(q + place[1] + column));
+            query[k][2] = __ldcg(reinterpret_cast<const unsigned*>(q + place[0] + column + 8));
+            query[k][3] = __ldcg(reinterpret_cast<const unsigned*>(q + place[1] + column + 8));
         }
         float sums[2] = {}, most[2] = {-INFINITY, -INFINITY}, acc[OUTS][4] = {};
         const int oldest = window > 0 ? max(cached + first_token - window + 1, 0) : 0;
@@ -180,4 +175,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) chunk_attention(
             }
         }
     }
+    // Whoever waits for this kernel relies on decode, too; the other blocks make room for those still to come.
+    if (is_beside_decode && blockIdx.x == 0) wait_for_previous_kernel();
 }

@@ -9,6 +9,7 @@
 // cost up to nine of the time.
 // The kernel before writes q, and the keys and values of the newest tokens. All else was there before that one began, and is
 // on its way while it runs.
+#include "quad.cuh"
 #include "splits.cuh"
 #include "sync.cuh"
 #include "tensor_core.cuh"
@@ -97,16 +98,6 @@ struct Copies {  // runs through a warp's tiles of all units of its block, ahead
         commit_copies();
     }
 };
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // Attention over a warp's tiles: rows g and g + 8 of the product are query heads. Scores are in units of log2.
 struct State {
@@ -218,10 +209,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
     const element* __restrict__ q, element* __restrict__ out, const element* __restrict__ keys,
     const element* __restrict__ values, const int* __restrict__ num_items, const int4* __restrict__ work,
     const int* __restrict__ page_indices, float* __restrict__ partials, int page_rows, int window, float scale) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    Merge& merge = *reinterpret_cast<Merge*>(shared);
+    Merge& merge = *reinterpret_cast<Merge*>(shared_memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const unsigned ring = shared_address(shared) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
+    const unsigned ring = shared_address(shared_memory) + (sizeof(Merge) + 15) / 16 * 16 + warp * STAGES * STAGE;
     const int total = num_items[0] * UNITS;
     bool has_waited = false;
     if (static_cast<int>(blockIdx.x) >= total) {
@@ -248,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) paged_attention(
         copies.issue(ring + s * STAGE);
     }
     wait_once(has_waited);
-    let_next_kernel_start();
+    let_next_kernel_start();  // not before the wait: chunk_attention relies on it
 
     int stage = 0;
     State state;

@@ -29,9 +29,9 @@ struct Row {
 
 __device__ __forceinline__ u64 fixed_mass(float distance) { return __float2ull_rn(expf(-distance) * FIXED_ONE); }
 
-// f(id, value) for every element of a row, in vectors where rows are aligned.
-template <typename F>
-__device__ __forceinline__ void for_each(const float* values, int vocab, F f) {
+// f(id, value) for every element of a row, in vectors where rows are aligned; `after` each vector.
+template <typename F, typename After>
+__device__ __forceinline__ void for_each(const float* values, int vocab, F f, After after) {
     if (vocab % 4 == 0) {
 #pragma unroll 4
         for (int i = threadIdx.x * 4; i < vocab; i += THREADS * 4) {
@@ -40,10 +40,19 @@ __device__ __forceinline__ void for_each(const float* values, int vocab, F f) {
             f(i + 1, v.y);
             f(i + 2, v.z);
             f(i + 3, v.w);
+            after();
         }
     } else {
-        for (int i = threadIdx.x; i < vocab; i += THREADS) f(i, values[i]);
+        for (int i = threadIdx.x; i < vocab; i += THREADS) {
+            f(i, values[i]);
+            after();
+        }
     }
+}
+
+template <typename F>
+__device__ __forceinline__ void for_each(const float* values, int vocab, F f) {
+    for_each(values, vocab, f, [] {});
 }
 
 __device__ u64 smallest(u64 value) {  // of the block
@@ -114,6 +123,14 @@ __device__ void sort(T* values, int size) {
     __syncthreads();
 }
 
+// The n-th smallest of the threads' values, which are below 2^31: the largest that fewer than n are below of.
+__device__ unsigned nth(unsigned value, int n) {
+    unsigned found = 0;
+    for (unsigned bit = 1u << 30; bit > 0; bit /= 2)
+        if (__syncthreads_count(value < found + bit) < n) found += bit;
+    return found;
+}
+
 __device__ __forceinline__ float distance_of(u64 candidate) { return __uint_as_float(candidate >> 32); }
 
 struct Filters {
@@ -122,7 +139,6 @@ struct Filters {
 };
 
 union Shared {
-    unsigned bests[THREADS];
     struct {
         u64 candidates[MOST];
         double cumulative[MOST];
@@ -219,7 +235,7 @@ __device__ int nth_equal(const Row& row, float distance, u64 index) {
     return found;
 }
 
-__device__ int sample_any(const Row& row, Shared& shared, const Filters& filters) {
+__device__ __noinline__ int sample_any(Row row, Shared& shared, const Filters& filters) {
     // Tokens whose fixed-point mass is 0 are left out: they are never chosen.
     float mine = 0.0f;
     u64 my_mass = 0, my_count = 0;
@@ -291,27 +307,36 @@ __device__ unsigned choose(const Row& row, Shared& shared, int size, double mass
     return static_cast<unsigned>(shared.candidates[min(place, (is_unfiltered ? size : kept) - 1)]);
 }
 
-__device__ int sample_row(const Row& row, Shared& shared, const Filters& filters) {
+// The exact distance of a token, which becomes a candidate if it is within the limit. Out of line: few tokens come here.
+__device__ __noinline__ float consider(Row row, int id, float logit, unsigned limit, u64* candidates, int* size) {
+    const float distance = row.distance(logit);
+    if (__float_as_uint(distance) <= limit) {
+        const int i = atomicAdd(size, 1);
+        if (i < MOST) candidates[i] = static_cast<u64>(__float_as_uint(distance)) << 32 | static_cast<unsigned>(id);
+    }
+    return distance;
+}
+
+// `best_of_thread`: of the elements that this thread sees.
+__device__ int sample_row(const Row& row, Shared& shared, const Filters& filters, float best_of_thread) {
     __shared__ int size;
-    unsigned nearest = NONE;
-    for_each(row.logits, row.vocab, [&](int, float logit) {
-        nearest = min(nearest, __float_as_uint(row.distance(logit)));
-    });
-    __syncthreads();
-    shared.bests[threadIdx.x] = nearest;
-    sort(shared.bests, THREADS);
-    const unsigned limit = row.vocab <= MOST ? NONE : shared.bests[ENOUGH - 1];
-    __syncthreads();
+    const unsigned nearest = __float_as_uint(row.distance(best_of_thread));  // rounding keeps order
+    const unsigned limit = row.vocab <= MOST ? NONE : nth(nearest, ENOUGH);
     if (threadIdx.x == 0) size = 0;
     __syncthreads();
+    // Few distances need be exact: a product instead of a quotient is off by a few units in the last place. Where that cannot
+    // be said, of very low temperatures and without a limit, `rate` or `bound` is NaN.
+    const float rate = row.temperature > 1e-6f ? 1.0f / row.temperature : __uint_as_float(NONE);
+    const float bound = __uint_as_float(limit) * 1.00001f + 1e-30f;
     double mass = 0.0;
+    float piece = 0.0f;
     for_each(row.logits, row.vocab, [&](int id, float logit) {
-        const float d = row.distance(logit);
-        mass += expf(-d);
-        if (__float_as_uint(d) <= limit) {
-            const int i = atomicAdd(&size, 1);
-            if (i < MOST) shared.candidates[i] = static_cast<u64>(__float_as_uint(d)) << 32 | static_cast<unsigned>(id);
-        }
+        float d = (row.max - logit) * rate;
+        if (!(d > bound)) d = consider(row, id, logit, limit, shared.candidates, &size);
+        piece += expf(-d);
+    }, [&] {
+        mass += piece;
+        piece = 0.0f;
     });
     mass = block_sum(mass);
     if (size <= MOST) {
@@ -351,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(
     int chosen = is_valid ? static_cast<int>(static_cast<unsigned>(best)) : -1;
     if (is_valid && temperature[i] > 0.0f) {
         const Row row = {logits + at, vocab, logits[at + chosen], temperature[i]};
-        chosen = sample_row(row, shared, {top_k[i], top_p[i], min_p[i], uniform[i]});
+        chosen = sample_row(row, shared, {top_k[i], top_p[i], min_p[i], uniform[i]}, max);
     }
     if (threadIdx.x == 0) ids[i] = chosen;
 }

@@ -1,6 +1,7 @@
 // What a step's ops share, made once from the plan's arrays on the device: a thread per entry.
 // counts: the plan's scalars (1 num_rows, 2 num_decode, 3 num_requests, 5 num_sampled).
 #include "splits.cuh"
+#include "sync.cuh"
 
 // ids [rows]: references to the previous step's `sampled` resolved; sample_index [num_sampled];
 // rotation [rows, half] (cos, sin) of position * frequency.
@@ -10,6 +11,7 @@ extern "C" __global__ void step_rows(
     const int* __restrict__ sample_rows, const int* __restrict__ sampled, const float* __restrict__ frequencies,
     float scaling, int half, int rows, int num_sampled, int* __restrict__ ids, int* __restrict__ sample_index,
     float2* __restrict__ rotation) {
+    let_next_kernel_start();
     const int step = gridDim.x * blockDim.x;
     const int first = blockIdx.x * blockDim.x + threadIdx.x;
     for (int row = first; row < rows; row += step) {
@@ -53,23 +55,27 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
 // page_indices, seq_len), those of a request side by side: spans [num_decode] (the first one, how many);
 // prefill items (request, row tile, 0, 0).
 // A row tile is `tile_rows` rows of a request.
+// It runs beside step_rows, whose results it does not need; the plan is read past L1, which may have the last step's.
 extern "C" __global__ void attention_work(
     const int* __restrict__ counts, const int* __restrict__ query_indptr, const int* __restrict__ seq_lens,
     const int* __restrict__ page_indptr, int window, int tile_rows, int page_tokens,
     int* __restrict__ num_items, int4* __restrict__ decode, int4* __restrict__ prefill, int2* __restrict__ spans) {
     extern __shared__ int starts[];  // [blockDim.x + 1]
     __shared__ int warp_sums[32];
-    const int num_decode = counts[2], num_requests = counts[3];
+    let_next_kernel_start();
+    const int num_decode = __ldcg(counts + 2), num_requests = __ldcg(counts + 3);
     for (int is_prefill = 0; is_prefill < 2; ++is_prefill) {
         const int begin = is_prefill ? num_decode : 0, end = is_prefill ? num_requests : num_decode;
         int before = 0;
         for (int base = begin; base < end; base += blockDim.x) {
             const int request = base + threadIdx.x;
             int count = 0;
-            if (request < end) {
-                count = is_prefill
-                    ? (query_indptr[request + 1] - query_indptr[request] + tile_rows - 1) / tile_rows
-                    : split_of(seq_lens[request] - 1) - split_of(oldest_visible(seq_lens[request], window)) + 1;
+            if (request < end && is_prefill) {
+                const int rows = __ldcg(query_indptr + request + 1) - __ldcg(query_indptr + request);
+                count = (rows + tile_rows - 1) / tile_rows;
+            } else if (request < end) {
+                const int seq_len = __ldcg(seq_lens + request);
+                count = split_of(seq_len - 1) - split_of(oldest_visible(seq_len, window)) + 1;
             }
             int total;
             starts[threadIdx.x] = exclusive_sum(count, warp_sums, total);
@@ -86,9 +92,9 @@ extern "C" __global__ void attention_work(
                 if (is_prefill) {
                     prefill[before + i] = make_int4(r, j, 0, 0);
                 } else {
-                    const int seq_len = seq_lens[r], first = split_of(oldest_visible(seq_len, window));
+                    const int seq_len = __ldcg(seq_lens + r), first = split_of(oldest_visible(seq_len, window));
                     const int splits = split_of(seq_len - 1) - first + 1;
-                    const int page = page_indptr[r] + split_start(first + j) / page_tokens;
+                    const int page = __ldcg(page_indptr + r) + split_start(first + j) / page_tokens;
                     decode[before + i] = make_int4(r, j | splits << 16, page, seq_len);
                 }
             }
@@ -97,6 +103,7 @@ extern "C" __global__ void attention_work(
         }
         if (threadIdx.x == 0) num_items[is_prefill] = before;
     }
+    wait_for_previous_kernel();  // whoever waits for this kernel relies on the one before, too
 }
 
 // table [max_requests, width]: the pages of prefill request blockIdx.x, its own last page beyond its end;

@@ -4,6 +4,8 @@
 #include "async_copy.cuh"
 #include "vectors.cuh"
 
+extern __shared__ __align__(16) char shared_memory[];
+
 __device__ __forceinline__ void load_matrices(unsigned (&out)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

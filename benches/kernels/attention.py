@@ -79,11 +79,12 @@ class AttentionWork:
         pool, shape = self.pool, (rows, self.config.num_heads, self.config.head_dim)
         q = torch.randn(shape, device=pool.device, dtype=pool.flat.dtype)
         if self.clock.is_cuda:
+            from slora.cuda_runner import StepShape
             from slora.kernels import cuda
 
             self._device_plan.upload(plan, torch.Tensor.copy_)
-            is_decode = requests[0][0] == 1
-            self._step.prepare(rows, has_decode=is_decode, has_prefill=not is_decode, has_lora=False, is_graph=is_graph)
+            shape = StepShape.of(plan.counts)
+            self._step.prepare(**shape._asdict(), is_graph=is_graph)
             self._run = lambda q, layer: cuda.paged_attention(q, self._step, layer)
         else:
             tables = AdapterTables(self.pool, 1, 1)

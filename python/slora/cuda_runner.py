@@ -1,6 +1,7 @@
 """Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +12,13 @@ from slora import graphs
 from slora.errors import DeviceError
 from slora.graphs import Graphs
 from slora.kernels import backend
+from slora.kernels.attention import SPLIT_TOKENS
 from slora.kernels.descriptors import DeviceTables
 from slora.kernels.lora import MANY_ROWS
 from slora.kernels.page_copy import PageCopies
 from slora.kernels.sampling import DeviceSampler
 from slora.kernels.step import Step
-from slora.kernels.upload import upload
+from slora.kernels.upload import Staging
 from slora.memory import HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
@@ -39,11 +41,14 @@ class StepShape(NamedTuple):
     has_decode: bool
     has_prefill: bool
     has_lora: bool
+    has_splits: bool
+    """Of decode rows. As the plan's longest sequence decides, there may be none."""
 
     @classmethod
     def of(cls, counts: Counts) -> "StepShape":
-        has_prefill = counts.num_requests > counts.num_decode
-        return cls(counts.num_rows, counts.num_decode > 0, has_prefill, bool(counts.flags & HAS_LORA))
+        has_decode, has_prefill = counts.num_decode > 0, counts.num_requests > counts.num_decode
+        has_splits = has_decode and counts.max_seq_len > SPLIT_TOKENS
+        return cls(counts.num_rows, has_decode, has_prefill, bool(counts.flags & HAS_LORA), has_splits)
 
     @property
     def is_recordable(self) -> bool:
@@ -94,6 +99,7 @@ class CudaRunner:
         self.pool, self.host = pool, host
         self._tables = DeviceTables(pool, max_adapters, max_adapter_pages)
         self._plan = DevicePlan(layout, self._tables.modules[0].numel(), device)
+        self._staging = Staging(self._plan.num_words, device)
         frequencies, scaling = inverse_frequencies(config)
         self._copies = PageCopies(pool, host)
         self._step = Step(pool, self._tables, self._plan, self._copies.arrived, frequencies.to(device), scaling)
@@ -104,6 +110,7 @@ class CudaRunner:
         self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
         size = self._plan.capacity["sample_rows"]
         self._returned = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._returning = torch.cuda.Stream(device)
         self._num_launched = 0
         self._ends: dict[int, torch.cuda.Event] = {}
 
@@ -125,17 +132,17 @@ class CudaRunner:
         counts, arrays = plan.counts, dict[str, Tensor]()
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
         self._copies.wait(counts.copies_needed_step)
-        self._plan.upload(plan, upload)
+        self._plan.upload(plan, self._staging.copy)
         self._tables.update(self._plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:
             hidden = self._forward(StepShape.of(counts), plan)
             if counts.num_sampled:
+                torch.cuda.current_stream().wait_stream(self._returning)  # which has the last step's ids
                 self._sample(hidden, arrays)
             if counts.num_prompt_logprobs:
                 self._score_prompts(hidden, arrays)
-        done = torch.cuda.Event()
-        done.record()
+        done = self._return_ids(counts.num_sampled, arrays)
         self._num_launched += 1
         self._ends[counts.step] = done
         while len(self._ends) > KEPT_STEPS:
@@ -144,9 +151,10 @@ class CudaRunner:
 
     def warm_up(self, max_tokens: int) -> None:
         """For sequences of up to `max_tokens`: record the graphs of decode steps, and build what large ones need. Other
-        shapes are recorded when they first come."""
+        shapes are recorded once they have come a few times."""
         self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
-        self.record_graphs(most_rows=min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"]))
+        most_rows = min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
+        self.record_graphs(with_splits=max_tokens > SPLIT_TOKENS, most_rows=most_rows)
 
     def copies_done(self) -> list[int]:
         """Steps whose swap-ins have arrived since the last call."""
@@ -154,17 +162,23 @@ class CudaRunner:
 
     @torch.inference_mode()
     def record_graphs(
-        self, *, with_lora: bool = True, most_rows: int = graphs.MAX_ROWS, show: bool | None = None
+        self,
+        *,
+        with_lora: bool = True,
+        with_splits: bool = True,
+        most_rows: int = graphs.MAX_ROWS,
+        show: bool | None = None,
     ) -> None:
-        """Record decode steps of all sizes; others are recorded when they first come. No step may be in flight."""
+        """Record decode steps of all sizes, without adapters and splits and with. No step may be in flight."""
         self._plan.clear()
-        kinds = (False, True) if with_lora else (False,)
-        shapes = [StepShape(n, True, False, lora) for lora in kinds for n in reversed(graphs.buckets(most_rows))]
+        sizes, kinds = [*reversed(graphs.buckets(most_rows))], product({False, with_lora}, {False, with_splits})
+        shapes = [StepShape(n, True, False, *kind) for kind in kinds for n in sizes]
         for shape in graphs.progress(shapes, len(shapes), show):
             assert isinstance(shape, StepShape)
-            self._graphs.run(shape, self._forward_body(shape))
-            if not shape.has_lora and shape.num_rows <= self._plan.capacity["sample_rows"]:
-                self._graphs.run(shape.num_rows, self._sample_body(shape.num_rows))
+            self._graphs.record(shape, self._forward_body(shape))
+        for n in sizes:
+            if n <= self._plan.capacity["sample_rows"]:
+                self._graphs.record(n, self._sample_body(n))
         torch.cuda.synchronize()
 
     def close(self) -> None:
@@ -172,7 +186,8 @@ class CudaRunner:
         torch.cuda.synchronize()
         self._copies.close()
         self._graphs.close()
-        del self._tables, self._plan, self._step, self._decoder, self._sampler, self._hidden, self._returned
+        del self._tables, self._plan, self._staging, self._step, self._decoder, self._sampler
+        del self._hidden, self._returned
         self.host = None
         self.pool.close()
         torch.cuda.empty_cache()
@@ -215,8 +230,17 @@ class CudaRunner:
             if has_logprobs:
                 chosen = self._step.sampled[:n].clamp(min=0).long()
                 _return(arrays, log_probs(raw, chosen, counts.max_logprobs), "")
-        ids = self._returned[self._num_launched % RING][:n]
-        arrays["ids"] = ids.copy_(self._step.sampled[:n], non_blocking=True)
+
+    def _return_ids(self, num_sampled: int, arrays: dict[str, Tensor]) -> torch.cuda.Event:
+        """Copy them to the host beside the next step. The event: all that was launched has ended."""
+        self._returning.wait_stream(torch.cuda.current_stream())
+        if num_sampled:
+            ids = self._returned[self._num_launched % RING][:num_sampled]
+            with torch.cuda.stream(self._returning):
+                arrays["ids"] = ids.copy_(self._step.sampled[:num_sampled], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._returning)
+        return done
 
     def _score_prompts(self, hidden: Tensor, arrays: dict[str, Tensor]) -> None:
         counts = self._plan.counts

@@ -14,6 +14,8 @@ import torch
 from slora.kernels.streams import RECORDING, recording_streams
 from slora.memory import MAX_GRAPH_ROWS
 
+RECORDED_RUN = 3
+"""When a key comes for this time it is recorded: that takes as long as some ten steps, and rare ones come no more."""
 MAX_ROWS = MAX_GRAPH_ROWS
 """Steps of more rows run eagerly: their kernels take longer than their launches."""
 
@@ -28,12 +30,14 @@ def buckets(most: int = MAX_ROWS) -> list[int]:
 
 
 class Graphs:
-    """Recorded launches by key. A key that is new runs eagerly, is recorded, and is replayed from then on."""
+    """Recorded launches by key. A new key runs eagerly a few times, is recorded, and is replayed from then on."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.cuda.graph_pool_handle()
         self._stream, _ = recording_streams(device)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._num_runs: dict[Hashable, int] = {}
+        """Of keys that are not recorded."""
 
     def run(self, key: Hashable, body: Callable[[], object]) -> None:
         """`body` launches the same kernels with the same arguments whenever it is called for `key`."""
@@ -41,11 +45,15 @@ class Graphs:
         if graph is not None:
             graph.replay()
             return
-        body()
-        self.record(key, body)
+        self._num_runs[key] = self._num_runs.get(key, 0) + 1
+        if self._num_runs[key] < RECORDED_RUN:
+            body()
+        else:
+            self.record(key, body)
 
     def record(self, key: Hashable, body: Callable[[], object]) -> None:
-        """Without running it; its kernels must have run before."""
+        """Run it, and record it at once."""
+        body()  # also makes what must not come from a graph's memory
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with RECORDING, _uncollected(), torch.cuda.stream(self._stream):
@@ -55,6 +63,7 @@ class Graphs:
             finally:
                 graph.capture_end()
         self._graphs[key] = graph
+        self._num_runs.pop(key, None)
 
     def close(self) -> None:
         self._graphs.clear()

@@ -119,8 +119,8 @@ class DevicePlan:
     def __init__(self, layout: PlanLayout, descriptor_words: int, device: torch.device) -> None:
         self.layout, self.descriptor_words = layout, descriptor_words
         self.capacity = {name: capacity for name, _, capacity, _ in layout}
-        num_words = max(offset + capacity for _, offset, capacity, _ in layout)
-        self._buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self.num_words = max(offset + capacity for _, offset, capacity, _ in layout)
+        self._buffer = torch.zeros(self.num_words, dtype=torch.int32, device=device)
         self._arrays = {
             name: view.view(torch.float32) if is_float else view
             for name, offset, capacity, is_float in layout

@@ -20,6 +20,9 @@ inline void copy_async(void* to, const void* from, bool is_valid) {
   static const uint4 zeros = {};
   my_groups().back().push_back({(uint4*)aligned((const uint4*)to), is_valid ? aligned((const uint4*)from) : &zeros});
 }
+inline unsigned shared_address(const void* p) { return (const char*)p - shared_memory; }
+inline void copy_async(unsigned to, const void* from, bool is_valid) { copy_async(shared_memory + to, from, is_valid); }
+inline void copy_last(unsigned to, const void* from, bool is_valid) { copy_async(shared_memory + to, from, is_valid); }
 inline void commit_copies() { my_groups().emplace_back(); }
 template <int pending>
 void wait_copies() {

@@ -19,6 +19,7 @@
 #include <random>
 #include <vector>
 
+using std::isfinite;
 using std::max;
 using std::min;
 #define __device__
@@ -34,6 +35,12 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -41,6 +48,7 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -61,7 +69,7 @@ struct Barrier {
 };
 struct Block {
   Dim index;
-  int num_threads, num_arrived = 0, num_done = 0;
+  int num_threads, num_arrived = 0, num_done = 0, num_votes = 0;
   long generation = 0;
   bool has_waited = false; // for pages
   std::vector<uint4> shared;
@@ -157,6 +165,17 @@ inline void __syncthreads() {
     wait_until([&] { return block.generation != before; });
   }
 }
+inline int __syncthreads_count(bool vote) {
+  Block& block = *lane_now->block;
+  block.num_votes += vote;
+  __syncthreads();
+  int count = block.num_votes;
+  __syncthreads();
+  block.num_votes = 0;
+  __syncthreads();
+  return count;
+}
+inline bool __syncthreads_and(bool vote) { return __syncthreads_count(vote) == lane_now->block->num_threads; }
 inline void sync_cluster() {
   long before = generation;
   if (++num_arrived == (int)lanes.size()) {
@@ -165,8 +184,9 @@ inline void sync_cluster() {
     wait_until([&] { return generation != before; });
   }
 }
-inline int atomicAdd(int* at, int by) {
-  int before = *at;
+template <typename T>
+T atomicAdd(T* at, T by) {
+  T before = *at;
   *at += by;
   return before;
 }
@@ -204,6 +224,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; i++) to |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
   return to;
 }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned long long __float2ull_rn(float x) { return llrintf(x); }
 inline float fmaf(float a, float b, float c) { return a * b + c; }
 template <typename To, typename From>
 To bits(From x) {

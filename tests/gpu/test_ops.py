@@ -1,11 +1,13 @@
 """Every op of the CUDA backend against the fp32 reference, which runs on the CPU over the same pages and plans."""
 
 import os
+import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from filters import is_border, random_filters
 from planning import Request, World, tiny_config
 
 from slora.kernels import reference
@@ -218,6 +220,75 @@ def test_decode_does_not_depend_on_the_batch() -> None:
         assert torch.equal(cuda.paged_attention(q[i : i + 1], prepare(gpu, 1), 0)[0], together[i])
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "window"),
+    [(128, 8, 2, None), (128, 8, 2, 700), (64, 4, 4, None), (256, 8, 1, None), (64, 20, 1, None), (16, 8, 8, None)],
+)
+def test_decode_in_one_graph_does_not_depend_on_the_steps_before(
+    head_dim: int, heads: int, kv_heads: int, window: int | None
+) -> None:
+    """One split, several, more than a warp has lanes, of other requests each time."""
+    shape = {"head_dim": head_dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    changes = {"model_type": "mistral", "sliding_window": window, "max_position_embeddings": 20000}
+    _, gpu = make_worlds("bfloat16", **shape, **changes, hidden_size=32)
+    requests = [Request([1] * n, max_tokens=1) for n in (1, 77, 512, 513, 1100, 2000, 17500)]
+    gpu.pool.kv.normal_()
+    q = torch.randn(1, heads, head_dim, device="cuda", dtype=torch.bfloat16).repeat(4, 1, 1)
+
+    def step(chosen: list[int]) -> Step:
+        for i in chosen:
+            requests[i].cached, requests[i].state_row = len(requests[i].prompt) - 1, 0
+        gpu.step([(requests[i], 1) for i in chosen])
+        return prepare(gpu, len(chosen))
+
+    alone = [cuda.paged_attention(q[:1], step([i]), 0)[0] for i in range(len(requests))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.paged_attention(q, gpu.runner._step, 0)
+    chance = random.Random(0)
+    for _ in range(100):
+        chosen = chance.sample(range(len(requests)), 4)
+        step(chosen)
+        out.fill_(torch.nan)
+        graph.replay()
+        for row, i in enumerate(chosen):
+            assert torch.equal(out[row], alone[i]), (chosen, i)
+
+
+def test_decode_and_chunks_side_by_side_read_what_this_step_wrote() -> None:
+    """Both start before the kernels before them have ended."""
+    shape = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    _, gpu = make_worlds("bfloat16", **shape, hidden_size=32)
+    cases = [(i * 10, 1) for i in range(63)] + [(0, 100), (700, 28)]
+    requests = [Request([1] * (cached + rows), max_tokens=1) for cached, rows in cases]
+    for request, (cached, _) in zip(requests, cases, strict=True):
+        request.cached, request.state_row = cached, 0
+    gpu.pool.kv.normal_()
+    gpu.step([(request, rows) for request, (_, rows) in zip(requests, cases, strict=True)])
+    rows = sum(rows for _, rows in cases)
+    step = prepare(gpu, rows, is_graph=True)
+    qkv = torch.empty(rows, 48 * 128, device="cuda", dtype=torch.bfloat16)
+
+    def run(between: Callable[[], object]) -> torch.Tensor:
+        outs = []
+        for layer in range(2):
+            q = cuda.rope_kv(qkv, None, step, layer, None, 1e-6)
+            between()
+            outs.append(cuda.paged_attention(q, step, layer))
+            between()
+        return torch.stack(outs)
+
+    run(lambda: None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(lambda: None)
+    for _ in range(50):
+        qkv.normal_()
+        graph.replay()
+        got = out.clone()
+        assert torch.equal(got, run(torch.cuda.synchronize))
+
+
 @pytest.mark.parametrize("vocab", [5, 301, 3000, 128256])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
 def test_sample_equals_the_reference(vocab: int, spread: float) -> None:
@@ -226,33 +297,16 @@ def test_sample_equals_the_reference(vocab: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(n, vocab, generator=generator) * spread
     logits[::3] = logits[::3].bfloat16().float()  # many equal ones
-    pick = lambda *values: torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]  # noqa: E731
-    params = (
-        torch.rand(n, generator=generator) * 1.7 + 0.3,
-        pick(0, 0, 1, 3, 280, 10_000).int(),
-        pick(1.0, 1.0, 0.95, 0.3, 1e-6),
-        pick(0.0, 0.0, 0.05, 0.9),
-        torch.rand(n, generator=generator),
-    )
+    params = random_filters(n, generator)
     expected = reference.sample(logits, *params)
     got = cuda.sample(logits.cuda(), *(p.cuda() for p in params)).cpu()
     wrong = (got != expected).nonzero()[:, 0].tolist()
     for row in wrong:  # only where the uniform number lies on the border of two tokens
-        assert is_border(logits[row], *(p[row] for p in params), got[row], expected[row]), [p[row] for p in params]
+        assert is_border(logits[row], tuple(p[row] for p in params), got[row]), [p[row] for p in params]
     assert len(wrong) <= 2
     rows = [0, 50, 132]
     alone = [cuda.sample(logits[i : i + 1].cuda(), *(p[i : i + 1].cuda() for p in params)).item() for i in rows]
     assert alone == got[rows].tolist()
-
-
-def is_border(logits, temperature, top_k, top_p, min_p, uniform, got, expected) -> bool:  # type: ignore[no-untyped-def]
-    """Whether a uniform number next to this one gives the other token."""
-    for offset in (-3e-7, 3e-7, -1e-5, 1e-5):
-        moved = (uniform + offset).clamp(0, 1 - 2**-24)
-        args = (p[None] for p in (logits, temperature, top_k, top_p, min_p, moved))
-        if int(reference.sample(*args)[0]) == int(got):
-            return True
-    return False
 
 
 def test_greedy_takes_the_first_of_equals_and_reports_what_is_not_finite() -> None:

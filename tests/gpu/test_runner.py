@@ -9,15 +9,17 @@ import torch
 from planning import Request, World
 from test_kernels import make_modules
 
+from slora.graphs import RECORDED_RUN
 from slora.host import PinnedSlabs
 from slora.memory import HostTier
 from slora.models.config import ModelConfig
-from slora.plan import StepPlan
+from slora.plan import Counts, StepPlan
 from slora.runner import Pending, StepOutput
 from slora.weights import load_weights
 
 page_copy = pytest.importorskip("slora.kernels.page_copy")
 PageCopies, DevicePinning = page_copy.PageCopies, page_copy.DevicePinning
+Staging = pytest.importorskip("slora.kernels.upload").Staging
 pytestmark = pytest.mark.gpu
 BASE = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 SAMPLING = {"temperature": 0.9, "top_p": 0.9}
@@ -47,7 +49,7 @@ def test_the_device_gives_the_tokens_of_the_cpu(chunk: int) -> None:
     worlds = [make_world(device) for device in ("cpu", "cuda")]
     results = []
     for world in worlds:
-        for _ in range(2):  # the second time from recorded graphs
+        for _ in range(RECORDED_RUN + 1):  # at last from recorded graphs
             requests = make_requests()
             world.generate(requests, chunk, by_reference=True)
         results.append(requests)
@@ -64,7 +66,7 @@ def test_adapters_give_the_tokens_of_the_cpu() -> None:
     results = []
     for device in ("cpu", "cuda"):
         world = make_world(device, with_adapters=True)
-        for _ in range(2):  # the second time from recorded graphs
+        for _ in range(RECORDED_RUN + 1):  # at last from recorded graphs
             requests = make_requests()
             for i, request in enumerate(requests):
                 request.adapter = (*world.images, None)[i % 6]
@@ -89,6 +91,30 @@ def test_half_precision_stays_near(dtype: str) -> None:
     centred = [logits - logits.mean(-1, keepdim=True) for logits in found]
     assert (centred[0] - centred[1]).norm() / centred[0].norm() < 2e-2
     assert (found[0].argmax(-1) == found[1].argmax(-1)).float().mean() >= 0.9
+
+
+def test_sequences_that_outgrow_their_first_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs without a merge serve them before, others after, as if all had one."""
+    cuda_runner = pytest.importorskip("slora.cuda_runner")
+    shapes, of = [], cuda_runner.StepShape.of
+    found = []
+    for always in (False, True):
+
+        def shape_of(counts: Counts, always: bool = always) -> object:
+            shape = of(counts)
+            shapes.append((counts.max_seq_len, shape))
+            return shape._replace(has_splits=shape.has_decode) if always else shape
+
+        monkeypatch.setattr(cuda_runner.StepShape, "of", shape_of)
+        world = make_world("cuda", "bfloat16")
+        requests = [
+            Request([(7 * i + 3 * j) % 97 for j in range(n)], max_tokens=40) for i, n in enumerate((480, 3, 490))
+        ]
+        world.generate(requests, by_reference=True)
+        found.append([(request.output, request.chosen) for request in requests])
+    assert found[0] == found[1]
+    assert {shape.has_splits for seq_len, shape in shapes if seq_len <= 512} == {False}
+    assert {shape.has_splits for seq_len, shape in shapes if seq_len > 512} == {True}
 
 
 def test_a_broken_row_is_reported_alone() -> None:
@@ -197,3 +223,17 @@ def test_close_returns_the_memory() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert before - torch.cuda.mem_get_info()[0] < 64 << 20
+
+
+def test_plans_wait_on_the_device_for_their_turn() -> None:
+    """Uploads run far ahead of a stream that is busy, no further than there are slots."""
+    sizes = [1, 5, 1023, 1024, 1025, 70_000, 300_000]
+    staging = Staging(max(sizes), torch.device("cuda"))
+    sources = [torch.randint(1 << 30, (size,), dtype=torch.int32).pin_memory() for size in sizes * 4]
+    mirror, seen = torch.zeros(max(sizes), dtype=torch.int32, device="cuda"), []
+    for source in sources:
+        torch.cuda._sleep(1_000_000)
+        staging.copy(mirror[: len(source)], source)
+        seen.append(mirror[: len(source)].clone())
+    for got, source in zip(seen, sources, strict=True):
+        assert torch.equal(got.cpu(), source)

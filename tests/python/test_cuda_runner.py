@@ -1,5 +1,7 @@
 """Which way a step takes to the device, and what its errors become: decided on the host, so no device is needed."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
+from slora.graphs import Graphs
+from slora.kernels import upload
+from slora.kernels.attention import SPLIT_TOKENS
 from slora.kernels.cudnn import usual_sizes
 from slora.plan import HAS_LORA, Counts
 
@@ -25,11 +30,15 @@ def fake_runner(log: list[str]) -> Any:
         issue=lambda plan, wait_for: note(f"copies behind {wait_for}"), wait=lambda step: note(f"wait for {step}")
     )
     runner._step = SimpleNamespace(ids=torch.zeros(0), prepare=lambda num_rows, **_: note(f"prepare {num_rows}"))
-    runner._plan = SimpleNamespace(upload=lambda plan, how: note("upload"))
+    runner._plan, runner._staging = (
+        SimpleNamespace(upload=lambda plan, how: how()),
+        SimpleNamespace(copy=lambda: note("upload")),
+    )
     runner._tables = SimpleNamespace(update=lambda plan: None)
     runner._sampler = SimpleNamespace(reset=lambda plan: None)
     runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
     runner._graphs = SimpleNamespace(run=lambda key, body: note(f"replay {key.num_rows}"))
+    runner._returning = SimpleNamespace(wait_stream=lambda stream: note(f"return behind {stream}"))
     runner._hidden, runner._num_launched, runner._ends = torch.zeros(512, 1), 0, {}
     return runner
 
@@ -49,6 +58,38 @@ def test_steps_are_graphs_up_to_512_rows(num_rows: int, expected: str) -> None:
     assert log[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("num_decode", "max_seq_len", "has_splits"), [(1, 512, False), (1, 513, True), (0, 513, False)]
+)
+def test_decode_rows_of_several_splits_have_a_shape_of_their_own(
+    num_decode: int, max_seq_len: int, has_splits: bool
+) -> None:
+    """A graph without a merge must never run for them."""
+    counts = NOTHING._replace(num_rows=3, num_requests=1, num_decode=num_decode, max_seq_len=max_seq_len)
+    assert StepShape.of(counts).has_splits == has_splits
+
+
+def test_host_and_kernels_cut_sequences_alike() -> None:
+    source = (Path(__file__).parents[2] / "cuda" / "splits.cuh").read_text()
+    assert f"constexpr int SPLIT_TOKENS = {SPLIT_TOKENS};" in source
+    assert "split_of(int position) { return position / SPLIT_TOKENS; }" in source
+
+
+def test_a_shape_that_comes_often_is_recorded() -> None:
+    log: list[str] = []
+    graphs: Any = Graphs.__new__(Graphs)
+    graphs._graphs, graphs._num_runs = {}, {}
+
+    def record(key: str, body: Callable[[], object]) -> None:
+        log.append(f"record {key}")
+        graphs._graphs[key] = SimpleNamespace(replay=lambda: log.append(f"replay {key}"))
+
+    graphs.record = record
+    for key in ("often", "seldom", "often", "seldom", "often", "often"):
+        graphs.run(key, lambda key=key: log.append(key))
+    assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
+
+
 @pytest.mark.parametrize("most_rows", [520, 2048, 8192])
 def test_attention_of_prompts_of_one_length_is_built_at_the_start(most_rows: int) -> None:
     built = [*usual_sizes(range(513, most_rows + 1), max_requests=256)]
@@ -60,12 +101,67 @@ def test_attention_of_prompts_of_one_length_is_built_at_the_start(most_rows: int
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: log.append("end")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
     log: list[str] = []
     runner = fake_runner(log)
     runner._ends = {6: "step 6"}
     runner.launch(fake_plan(step=7, num_rows=500, num_copies=3, copies_wait_step=6, copies_needed_step=7))
-    assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504"]
+    assert log == ["copies behind step 6", "wait for 7", "upload", "replay 504", "return behind main", "end"]
+
+
+def test_a_plan_is_staged_beside_the_steps_and_never_over_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are numbered in the order in which they are recorded; 0: never."""
+    log: list[tuple[object, ...]] = []
+    recorded = iter(range(1, 100))
+
+    class Event:
+        number = 0
+
+        def record(self, stream: object) -> None:
+            self.number = next(recorded)
+            log.append((stream, "record", self.number))
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = self.cuda_stream = name
+
+        def __repr__(self) -> str:
+            return self.name
+
+        def wait_event(self, event: Event) -> None:
+            log.append((self, "wait", event.number))
+
+        def wait_stream(self, stream: object) -> None:
+            pass
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+
+    def launch(grid: int, block: int, args: tuple[torch.Tensor, torch.Tensor, int], stream: str) -> None:
+        source, target, n = args
+        target[:n] = source[:n]
+        log.append((side if stream == "side" else main, "copy", target.data_ptr()))
+
+    monkeypatch.setattr(upload, "_kernel", lambda: launch)
+    staging, mirror = upload.Staging(1000, torch.device("cpu")), torch.zeros(1000, dtype=torch.int32)
+    for i in range(1, 2 * upload.SLOTS + 1):
+        log.clear()
+        staging.copy(mirror[10 : 10 + i], torch.arange(i, dtype=torch.int32) + 100 * i)
+        assert mirror[10 : 10 + i].tolist() == list(range(100 * i, 101 * i))
+        filled, emptied_before = 2 * i - 1, max(0, 2 * (i - upload.SLOTS))
+        slot = staging._slots[(i - 1) % upload.SLOTS].words.data_ptr()
+        assert log == [
+            (side, "wait", emptied_before),
+            (side, "copy", slot),
+            (side, "record", filled),
+            (main, "wait", filled),
+            (main, "copy", mirror[10:].data_ptr()),
+            (main, "record", filled + 1),
+        ]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no bytes left"), RuntimeError("no bytes left")])

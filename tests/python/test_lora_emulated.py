@@ -3,11 +3,10 @@
 import ctypes
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 from itertools import accumulate, product
-from pathlib import Path
 
+import emulation
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from slora.kernels import lora, page_copy
 from slora.memory import DTYPES
 from slora.models.config import ModelConfig
 
-ROOT = Path(__file__).parents[2]
 MAX_SEGMENTS = 64
 CLUSTERS = ((2, 2), (8, 2))
 """Blocks of a cluster, and how many clusters there are."""
@@ -51,15 +49,8 @@ MIXES = {
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ctypes.CDLL]:
     dtype, arch, aligned = VARIANTS[request.param]
-    folder = tmp_path_factory.mktemp("emulator")
-    for source in (ROOT / "cuda", ROOT / "tests" / "emulator"):
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-    values = {"__CUDA_ARCH__": arch, "DTYPE": lora.DTYPE_MACRO[dtype], "ALIGNED": aligned}
-    macros = [f"-D{name}={value}" for name, value in values.items()]
-    macros.append("-U_FORTIFY_SOURCE")  # it takes a jump to another fiber's stack for an error
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "lora.cpp", "-o", "lora.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return request.param, ctypes.CDLL(str(folder / "lora.so"))
+    macros = {"__CUDA_ARCH__": arch, "DTYPE": lora.DTYPE_MACRO[dtype], "ALIGNED": aligned}
+    return request.param, emulation.library("lora", macros, tmp_path_factory.mktemp("emulator"))
 
 
 class World:

@@ -1,16 +1,18 @@
 """Paged attention on the device: which kernel attends which rows, and the work lists that they loop over.
 
 Decode rows: split-KV on tensor cores, or, in fp32 and for odd head dimensions, the simple kernel for all rows.
-Prefill rows: cuDNN in large steps; in captured graphs, whose grid must not depend on the plan, a kernel of our own.
+Prefill rows: cuDNN in large steps; in captured graphs, whose grid must not depend on the plan, a kernel of our own,
+which runs beside that for decode rows.
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slora.kernels import cudnn, nvrtc
-from slora.kernels.nvrtc import Kernel
+from slora.kernels.nvrtc import Argument, Kernel
 from slora.memory import PagePool
 from slora.plan import DevicePlan
 
@@ -26,6 +28,12 @@ _RESERVED_BYTES = 1024  # of shared memory, by the system, for each block
 _LOG2_E = 1.4426950408889634
 
 
+class KernelShape(NamedTuple):
+    kernel: Kernel
+    num_blocks: int
+    shared_bytes: int
+
+
 class Attention:
     """Attention over one pool, for plans of one layout: kernels, work lists, and what splits leave for their merge."""
 
@@ -37,7 +45,6 @@ class Attention:
         self._windows = list(dict.fromkeys(self.config.windows))
         self._items = {window: self._new_items() for window in self._windows}
         self._has_prefill = False
-        self._merge: Kernel
         self._cudnn: cudnn.PrefillAttention | None = None
         if self.is_tensor_core and cudnn.is_available():
             self._cudnn = cudnn.PrefillAttention(pool, plan)
@@ -63,18 +70,27 @@ class Attention:
         if self._cudnn is not None and self._has_prefill and not is_graph:
             self._cudnn.prepare()
 
-    def run(self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, is_graph: bool) -> Tensor:
-        """q [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+    def run(
+        self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, has_splits: bool, is_graph: bool
+    ) -> Tensor:
+        """q [rows, heads, head_dim] -> [rows, heads * head_dim].
+
+        `has_splits`: decode rows may see more than SPLIT_TOKENS tokens.
+        """
         out = q.new_empty(q.shape[0], self.config.q_size)
         if not self.is_tensor_core:
             self._run_simple(q, out, layer)
             return out
+        has_chunks = has_prefill and (is_graph or self._cudnn is None)
         if has_decode:
-            self._run_decode(q, out, layer)
-        if has_prefill and self._cudnn is not None and not is_graph:
-            self._cudnn.run(q, out, layer)
+            self._run_decode(q, out, layer, leaves_room=has_chunks)
+        if has_chunks:
+            self._run_chunks(q, out, layer, is_beside_decode=has_decode)
         elif has_prefill:
-            self._run_chunks(q, out, layer)
+            assert self._cudnn is not None
+            self._cudnn.run(q, out, layer)
+        if has_decode and has_splits:
+            self._run_merge(out, layer)
         return out
 
     # What the kernels are compiled for, and launched with
@@ -86,29 +102,42 @@ class Attention:
         return {"ELEMENT": ELEMENTS[self.dtype], "PAGE_TOKENS": self.pool.page_tokens, **shape}
 
     @cached_property
-    def _decode(self) -> tuple[Kernel, int, int]:
-        """(kernel, blocks, bytes of shared memory): two blocks share a multiprocessor, with as many stages as fit."""
-        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
-        stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
-        sizes = {stages: -(-merge // 16) * 16 + WARPS * stages * stage for stages in (4, 3, 2)}
-        p = self._properties
-        for blocks in (2, 1):
-            most = min(p.shared_memory_per_multiprocessor // blocks - _RESERVED_BYTES, p.shared_memory_per_block_optin)
-            for stages, size in sizes.items():
-                if size <= most:
-                    macros = {**self._macros, "STAGES": stages}
-                    module = nvrtc.load("paged_attention", macros)
-                    self._merge = module.kernel("merge_splits")
-                    return module.kernel("paged_attention"), blocks * p.multi_processor_count, size
-        raise AssertionError(f"no ring of copies fits the shared memory of {p.name}")
+    def _decode(self) -> KernelShape:
+        """Two blocks share a multiprocessor, with as many stages as fit."""
+        shape = self._decode_shape(2, 0) or self._decode_shape(1, 0)
+        assert shape is not None, f"no ring of copies fits the shared memory of {self._properties.name}"
+        return shape
 
     @cached_property
-    def _chunks(self) -> tuple[Kernel, int, int]:
+    def _decode_beside_chunks(self) -> KernelShape:
+        """The same, with room for a block of chunk_attention, if that is possible."""
+        return self._decode_shape(2, self._chunks.shared_bytes + _RESERVED_BYTES) or self._decode
+
+    def _decode_shape(self, blocks: int, spare: int) -> KernelShape | None:
+        """With so many blocks on a multiprocessor, whose shared memory keeps `spare` bytes for others."""
+        p = self._properties
+        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
+        stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
+        most = (p.shared_memory_per_multiprocessor - spare) // blocks - _RESERVED_BYTES
+        for stages in (4, 3, 2):
+            size = -(-merge // 16) * 16 + WARPS * stages * stage
+            if size <= min(most, p.shared_memory_per_block_optin):
+                kernel = nvrtc.load("paged_attention", {**self._macros, "STAGES": stages}).kernel("paged_attention")
+                return KernelShape(kernel, blocks * p.multi_processor_count, size)
+        return None
+
+    @cached_property
+    def _merge(self) -> Kernel:
+        # stages are nothing to it; with two, its module serves decode beside chunks, too
+        return nvrtc.load("paged_attention", {**self._macros, "STAGES": 2}).kernel("merge_splits")
+
+    @cached_property
+    def _chunks(self) -> KernelShape:
         kv_tile = 32 if self.config.head_dim > 128 else 64
         size = 2 * 2 * kv_tile * (self.config.head_dim + 8) * 2
         blocks = max(1, min(3, self._properties.shared_memory_per_multiprocessor // (size + _RESERVED_BYTES)))
         kernel = nvrtc.load("chunk_attention", self._macros).kernel("chunk_attention")
-        return kernel, blocks * self._properties.multi_processor_count, size
+        return KernelShape(kernel, blocks * self._properties.multi_processor_count, size)
 
     @cached_property
     def _simple(self) -> Kernel:
@@ -148,26 +177,31 @@ class Attention:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr")
         sizes = (window or 0, self._chunk_tokens, self.pool.page_tokens)
         threads = 512
-        self._work(1, threads, (*(self.plan[name] for name in names), *sizes, *self._items[window]), (threads + 1) * 4)
+        args: tuple[Argument, ...] = (*(self.plan[name] for name in names), *sizes, *self._items[window])
+        self._work(1, threads, args, (threads + 1) * 4, programmatic=True)
 
-    def _run_decode(self, q: Tensor, out: Tensor, layer: int) -> None:
-        kernel, blocks, shared = self._decode
+    def _run_decode(self, q: Tensor, out: Tensor, layer: int, *, leaves_room: bool) -> None:
+        kernel, blocks, shared = self._decode_beside_chunks if leaves_room else self._decode
         window = self.config.windows[layer]
-        num_items, decode, _, spans = self._items[window]
+        num_items, decode, *_ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, decode, self.plan["page_indices"])
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
         kernel(blocks, WARPS * 32, (*tensors, self._partials, *numbers), shared, programmatic=True)
-        heads = min(q.shape[0] * self.config.num_heads, MERGE_BLOCKS * self._properties.multi_processor_count)
+
+    def _run_merge(self, out: Tensor, layer: int) -> None:
+        spans = self._items[self.config.windows[layer]][3]
+        heads = min(out.shape[0] * self.config.num_heads, MERGE_BLOCKS * self._properties.multi_processor_count)
         self._merge(heads, MERGE_THREADS, (out, self.plan["counts"], spans, self._partials), programmatic=True)
 
-    def _run_chunks(self, q: Tensor, out: Tensor, layer: int) -> None:
+    def _run_chunks(self, q: Tensor, out: Tensor, layer: int, *, is_beside_decode: bool) -> None:
         kernel, blocks, shared = self._chunks
         window = self.config.windows[layer]
         num_items, _, prefill, _ = self._items[window]
         tensors = (q, out, self.pool.keys[layer], self.pool.values[layer], num_items, prefill)
         arrays = tuple(self.plan[name] for name in ("query_indptr", "seq_lens", "page_indptr", "page_indices"))
         numbers = (self.pool.page_rows, window or 0, self.config.head_dim**-0.5 * _LOG2_E)
-        kernel(blocks, WARPS * 32, (*tensors, *arrays, *numbers), shared)
+        args = (*tensors, *arrays, *numbers, int(is_beside_decode))
+        kernel(blocks, WARPS * 32, args, shared, programmatic=True)
 
     def _run_simple(self, q: Tensor, out: Tensor, layer: int) -> None:
         names = ("counts", "query_indptr", "seq_lens", "page_indptr", "page_indices")

@@ -80,7 +80,12 @@ def rope_kv(qkv: Tensor, delta: Tensor | None, batch: Step, layer: int, qk_norm:
 def paged_attention(q: Tensor, batch: Step, layer: int) -> Tensor:
     """q [rows, heads, head_dim] -> [rows, heads * head_dim]."""
     return batch.attention.run(
-        q, layer, has_decode=batch.has_decode, has_prefill=batch.has_prefill, is_graph=batch.is_graph
+        q,
+        layer,
+        has_decode=batch.has_decode,
+        has_prefill=batch.has_prefill,
+        has_splits=batch.has_splits,
+        is_graph=batch.is_graph,
     )
 
 

@@ -29,7 +29,8 @@ Argument = Tensor | np.generic | int | float | ctypes.Structure | None
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)".*$', re.MULTILINE)
 _ARCH = re.compile(r"^#pragma slora arch (sm_\d+a)$", re.MULTILINE)
 _OPTIONS = ("--std=c++17", "--define-macro=NDEBUG", "-default-device")
-_MAX_SHARED, _CLUSTER, _PROGRAMMATIC = 8, 4, 6  # CU_FUNC_ATTRIBUTE_…, CU_LAUNCH_ATTRIBUTE_…
+_MAX_SHARED, _SHARED_PERCENT = 8, 9  # CU_FUNC_ATTRIBUTE_…
+_CLUSTER, _PROGRAMMATIC = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
 _STATIC_SHARED_LIMIT = 48 * 1024
 CLUSTER_MAJORS = (9, 10, 11)
 """Devices with clusters whose blocks have more than 200 KB of shared memory."""
@@ -136,6 +137,9 @@ class Kernel:
         if shared_bytes > self._shared_bytes:
             granted = _driver().cuFuncSetAttribute(self.function, _MAX_SHARED, shared_bytes)
             _check(granted, f"give {self.name} {shared_bytes} bytes of shared memory")
+            # no more of it for L1: what the kernel itself leaves is for blocks of others beside it
+            granted = _driver().cuFuncSetAttribute(self.function, _SHARED_PERCENT, 100)
+            _check(granted, f"give {self.name} all shared memory")
             self._shared_bytes = shared_bytes
 
 

@@ -49,7 +49,8 @@ class Step:
         """For what may run beside the main stream's kernels, between two points of a layer."""
         self._kernel = nvrtc.load("step").kernel("step_rows")
         self.num_rows = 0
-        self.has_decode = self.has_prefill = self.has_lora = self.is_graph = self.has_branches = False
+        self.has_decode = self.has_prefill = self.has_splits = self.has_lora = False
+        self.is_graph = self.has_branches = False
 
     def prepare(
         self,
@@ -58,17 +59,18 @@ class Step:
         has_decode: bool,
         has_prefill: bool,
         has_lora: bool,
+        has_splits: bool = True,
         has_few: bool = True,
         is_graph: bool = False,
     ) -> None:
         """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters.
 
-        `has_few`: there may be segments of few rows. `is_graph`: only kernels that a graph may hold are used, whether
-        or not these launches are recorded.
+        `has_splits`: decode rows may see more than SPLIT_TOKENS tokens. `has_few`: there may be segments of few rows.
+        `is_graph`: only kernels that a graph may hold are used, whether or not these launches are recorded.
         """
         self.num_rows = num_rows
-        self.has_decode, self.has_prefill, self.has_lora, self.is_graph = has_decode, has_prefill, has_lora, is_graph
-        self.has_branches = has_lora and is_graph
+        self.has_decode, self.has_prefill, self.has_splits = has_decode, has_prefill, has_splits
+        self.has_lora, self.is_graph, self.has_branches = has_lora, is_graph, has_lora and is_graph
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)
