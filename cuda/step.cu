@@ -55,14 +55,14 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
 // page_indices, seq_len), those of a request side by side: spans [num_decode] (the first one, how many);
 // prefill items (request, row tile, 0, 0).
 // A row tile is `tile_rows` rows of a request.
-// It runs beside step_rows, whose results it does not need; the plan is read past L1, which may have the last step's.
+// It runs beside step_rows, whose results it does not need; the plan is read past L1, which may have the last step's. Attention
+// reads the lists before it waits for the kernel before: so the next one does not start early here.
 extern "C" __global__ void attention_work(
     const int* __restrict__ counts, const int* __restrict__ query_indptr, const int* __restrict__ seq_lens,
     const int* __restrict__ page_indptr, int window, int tile_rows, int page_tokens,
     int* __restrict__ num_items, int4* __restrict__ decode, int4* __restrict__ prefill, int2* __restrict__ spans) {
     extern __shared__ int starts[];  // [blockDim.x + 1]
     __shared__ int warp_sums[32];
-    let_next_kernel_start();
     const int num_decode = __ldcg(counts + 2), num_requests = __ldcg(counts + 3);
     for (int is_prefill = 0; is_prefill < 2; ++is_prefill) {
         const int begin = is_prefill ? num_decode : 0, end = is_prefill ? num_requests : num_decode;
