@@ -21,6 +21,7 @@ pytestmark = pytest.mark.cpu_only(reason="paths end in the server, before any de
 NOT_ALLOWED = (400, "path_not_allowed", None)
 NOT_FOUND = (400, "adapter_invalid", "not_found")
 IO = (400, "adapter_invalid", "io")
+TOO_LARGE = (413, "body_too_large", None)
 GOOD = (200, None, None)
 Outcome = tuple[int, str | None, str | None]
 """Status, code, reason."""
@@ -172,7 +173,7 @@ def cases(root: Path, outside: Path) -> Iterator[tuple[str, Outcome]]:
             yield f"{root}/{path}/", outcome
             yield f"{root}//{path}", outcome
             yield f"/{root}/./{path}", outcome
-    for length, outcome in [(255, NOT_FOUND), (256, IO), (4096, IO), (70_000, IO)]:
+    for length, outcome in [(255, NOT_FOUND), (256, IO), (4096, IO), (60_000, IO), (70_000, TOO_LARGE)]:
         yield f"{root}/{'a' * length}", outcome
     for repeats, outcome in [(100, GOOD), (1000, GOOD), (5000, GOOD)]:
         yield f"{root}/{'./' * repeats}good", outcome
