@@ -21,14 +21,18 @@ cd "$(dirname "$0")/../.."
 
 # name | file | tests
 RUNS=(
-  "lora|tests/gpu/test_lora.py|neighbours or non_finite or consumer"
+  "lora|tests/gpu/test_lora.py|neighbours"
+  "lora-finite|tests/gpu/test_lora.py|non_finite"
+  "lora-consumer|tests/gpu/test_lora.py|consumer"
   "lora-odd|tests/gpu/test_lora.py|mixes and odd and bfloat16"
   "lora-large|tests/gpu/test_lora.py|large"
   "elementwise|tests/gpu/test_ops.py|rms_norm or silu_mul or rope_kv or greedy"
-  "attention|tests/gpu/test_ops.py|decode_does_not or (test_paged_attention and False)"
+  "attention|tests/gpu/test_ops.py|decode_does_not"
+  "attention-paged|tests/gpu/test_ops.py|test_paged_attention and False"
   "chunks|tests/gpu/test_ops.py|test_paged_attention and True"
   "sample|tests/gpu/test_ops.py|(sample_equals and 301) or random_rows"
-  "steps|tests/gpu/test_runner.py|tokens_of_the_cpu or adapters_give"
+  "steps|tests/gpu/test_runner.py|tokens_of_the_cpu and device"
+  "steps-lora|tests/gpu/test_runner.py|adapters_give"
   "pool|tests/gpu/test_engine.py|random_steps"
 )
 
