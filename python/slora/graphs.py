@@ -1,8 +1,8 @@
 """CUDA graphs: a step's launches, recorded once per shape and replayed.
 
-A graph depends on the number of rows, on whether there are decode rows, prefill rows and adapters, and on nothing else:
-kernels read what differs from the plan's mirror on the device. All graphs share one memory pool, because they run one
-after the other and leave their results in buffers of their own.
+A graph depends on the number of rows, on whether there are decode rows, prefill rows, adapters and splits to merge, and
+on nothing else: kernels read what differs from the plan's mirror on the device. All graphs share one memory pool,
+because they run one after the other and leave their results in buffers of their own.
 """
 
 import gc
