@@ -1,6 +1,8 @@
 """Which way a step takes to the device, and what its errors become: decided on the host, so no device is needed."""
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,11 @@ import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
-from slora.graphs import Graphs
+from slora.graphs import RECORDED_RUN, Graphs
 from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS, Attention
 from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
+from slora.kernels.streams import RECORDING
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -88,6 +91,23 @@ def test_a_shape_that_comes_often_is_recorded() -> None:
     for key in ("often", "seldom", "often", "seldom", "often", "often"):
         graphs.run(key, lambda key=key: log.append(key))
     assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
+
+
+def test_no_two_engines_use_the_streams_for_recording_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies have branches on them, recorded or not. A collection might wait for a step thread that waits for them."""
+    is_alone: list[bool] = []
+    graphs: Any = Graphs.__new__(Graphs)
+    graphs._graphs, graphs._num_runs, graphs._memory = {}, {}, None
+    graphs._stream = SimpleNamespace(wait_stream=lambda stream: None)
+    recorded = SimpleNamespace(capture_begin=lambda **_: None, capture_end=lambda: None, replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    for _ in range(RECORDED_RUN + 1):
+        graphs.run("key", lambda: is_alone.append(RECORDING.locked() and not gc.isenabled()))
+    assert is_alone == [True] * (RECORDED_RUN + 1), "the last but one is run and recorded, the last replayed"
+    assert gc.isenabled()
+    assert not RECORDING.locked()
 
 
 @pytest.mark.parametrize("most_rows", [520, 2048, 8192])
