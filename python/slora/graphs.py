@@ -1,8 +1,8 @@
 """CUDA graphs: a step's launches, recorded once per shape and replayed.
 
-A graph depends on the number of rows, on whether there are decode rows, prefill rows and adapters, and on nothing else:
-kernels read what differs from the plan's mirror on the device. All graphs share one memory pool, because they run one
-after the other and leave their results in buffers of their own.
+A graph depends on the number of rows, on whether there are decode rows, prefill rows, adapters and splits to merge, and
+on nothing else: kernels read what differs from the plan's mirror on the device. All graphs share one memory pool,
+because they run one after the other and leave their results in buffers of their own.
 """
 
 import gc
@@ -47,21 +47,23 @@ class Graphs:
             return
         self._num_runs[key] = self._num_runs.get(key, 0) + 1
         if self._num_runs[key] < RECORDED_RUN:
-            body()
+            with RECORDING, _uncollected():
+                body()
         else:
             self.record(key, body)
 
     def record(self, key: Hashable, body: Callable[[], object]) -> None:
         """Run it, and record it at once."""
-        body()  # also makes what must not come from a graph's memory
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with RECORDING, _uncollected(), torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                body()
-            finally:
-                graph.capture_end()
+        with RECORDING, _uncollected():
+            body()  # also makes what must not come from a graph's memory
+            graph = torch.cuda.CUDAGraph()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    body()
+                finally:
+                    graph.capture_end()
         self._graphs[key] = graph
         self._num_runs.pop(key, None)
 
@@ -71,7 +73,8 @@ class Graphs:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection in here: it may free another engine's graphs, which ends this thread's recording."""
+    """No garbage collection in here: it may free another engine's graphs, which ends this thread's recording, or wait
+    for its step thread, which may wait for RECORDING."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,8 @@
 """Which way a step takes to the device, and what its errors become: decided on the host, so no device is needed."""
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,11 @@ import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.errors import DeviceError
-from slora.graphs import Graphs
+from slora.graphs import RECORDED_RUN, Graphs
 from slora.kernels import upload
-from slora.kernels.attention import SPLIT_TOKENS
-from slora.kernels.cudnn import usual_sizes
+from slora.kernels.attention import SPLIT_TOKENS, Attention
+from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
+from slora.kernels.streams import RECORDING
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -90,6 +93,23 @@ def test_a_shape_that_comes_often_is_recorded() -> None:
     assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
 
 
+def test_no_two_engines_use_the_streams_for_recording_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies have branches on them, recorded or not. A collection might wait for a step thread that waits for them."""
+    is_alone: list[bool] = []
+    graphs: Any = Graphs.__new__(Graphs)
+    graphs._graphs, graphs._num_runs, graphs._memory = {}, {}, None
+    graphs._stream = SimpleNamespace(wait_stream=lambda stream: None)
+    recorded = SimpleNamespace(capture_begin=lambda **_: None, capture_end=lambda: None, replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    for _ in range(RECORDED_RUN + 1):
+        graphs.run("key", lambda: is_alone.append(RECORDING.locked() and not gc.isenabled()))
+    assert is_alone == [True] * (RECORDED_RUN + 1), "the last but one is run and recorded, the last replayed"
+    assert gc.isenabled()
+    assert not RECORDING.locked()
+
+
 @pytest.mark.parametrize("most_rows", [520, 2048, 8192])
 def test_attention_of_prompts_of_one_length_is_built_at_the_start(most_rows: int) -> None:
     built = [*usual_sizes(range(513, most_rows + 1), max_requests=256)]
@@ -98,6 +118,47 @@ def test_attention_of_prompts_of_one_length_is_built_at_the_start(most_rows: int
         for query_len in range(max(1, 513 // requests), most_rows // requests + 1):
             sizes = [1 << (n - 1).bit_length() for n in (requests, query_len)]
             assert (sizes[0], max(64, sizes[1])) in built, f"{requests} prompts of {query_len} tokens"
+
+
+class NotSupportedError(Exception):
+    """As cuDNN's own: no RuntimeError."""
+
+
+@pytest.fixture(params=[NotSupportedError("hidden_dim should be at most 128"), RuntimeError("no engine")], ids=repr)
+def refusing(request: pytest.FixtureRequest) -> Any:
+    """Attention by a cuDNN that refuses all sizes."""
+
+    def refuse(*size: object) -> None:
+        raise request.param
+
+    attention: Any = Attention.__new__(Attention)
+    prompts: Any = PrefillAttention.__new__(PrefillAttention)
+    prompts._cudnn = SimpleNamespace(cudnnGraphNotSupportedError=NotSupportedError)
+    prompts.pool, prompts.config = SimpleNamespace(page_tokens=16), SimpleNamespace(windows=[None, 4096])
+    prompts.plan = SimpleNamespace(capacity={"seq_lens": 64})
+    prompts._graphs, prompts._width, prompts._build = {}, 1, refuse
+    attention._cudnn = prompts
+    return attention
+
+
+def test_where_cudnn_refuses_our_own_kernel_attends_prompts(refusing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    refusing.warm_up(4096, range(513, 513))  # no step is so large that it needs cuDNN
+    assert refusing._cudnn is not None
+    assert not caplog.records
+    refusing.warm_up(4096, range(513, 2049))
+    assert "a kernel of our own" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    launched = []
+    refusing.dtype, refusing.group, refusing.config = torch.bfloat16, 1, SimpleNamespace(head_dim=256, q_size=256)
+    refusing._run_chunks = lambda q, out, layer, is_beside_decode: launched.append(is_beside_decode)
+    refusing.run(torch.zeros(600, 1, 256), 0, has_decode=False, has_prefill=True, has_splits=False, is_graph=False)
+    assert launched == [False]
+
+
+def test_a_size_that_cudnn_refuses_later_is_a_device_error(refusing: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"cuDNN does not attend 2 prompts of 512 rows.*hint: ") as found:
+        refusing._cudnn._graph(2, 512, 64, None)
+    assert isinstance(found.value, DeviceError)
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """Paged attention on the device: which kernel attends which rows, and the work lists that they loop over.
 
 Decode rows: split-KV on tensor cores, or, in fp32 and for odd head dimensions, the simple kernel for all rows.
-Prefill rows: cuDNN in large steps; in captured graphs, whose grid must not depend on the plan, a kernel of our own,
-which runs beside that for decode rows.
+Prefill rows: cuDNN in large steps, if it takes them; in captured graphs, whose grid must not depend on the plan, a
+kernel of our own, which runs beside that for decode rows.
 """
 
+import logging
 from functools import cached_property
 from typing import NamedTuple
 
@@ -57,8 +58,13 @@ class Attention:
 
     def warm_up(self, max_tokens: int, num_rows: range) -> None:
         """Make what eager steps of so many rows need, for sequences of up to `max_tokens`."""
-        if self._cudnn is not None and num_rows:
+        if self._cudnn is None or not num_rows:
+            return
+        try:
             self._cudnn.warm_up(max_tokens, num_rows)
+        except cudnn.UnsupportedError as error:
+            logging.getLogger("slora").warning("prompts are attended by a kernel of our own: %s", error)
+            self._cudnn = None
 
     def prepare(self, *, is_graph: bool) -> None:
         """Build the work lists of the uploaded plan. In a graph its counts are unknown, and nothing depends on them."""

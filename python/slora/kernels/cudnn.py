@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slora.errors import DeviceError
 from slora.kernels import nvrtc
 from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
@@ -14,6 +15,10 @@ from slora.plan import DevicePlan
 
 MIN_QUERY_LEN = 64
 """Plans are built for powers of two of requests and of rows of the longest one, from this on."""
+
+
+class UnsupportedError(DeviceError):
+    """cuDNN has no plan: which head dimensions and windows it takes depends on its version and on the device."""
 
 
 @cache
@@ -43,7 +48,10 @@ class PrefillAttention:
 
     def warm_up(self, max_tokens: int, num_rows: range) -> None:
         """Build the plans of steps of so many rows whose prompts are of about one length, for sequences of up to
-        `max_tokens`. Others are built when they first come, which takes as long as some ten steps."""
+        `max_tokens`. Others are built when they first come, which takes as long as some ten steps.
+
+        Raises UnsupportedError.
+        """
         self._widen(max_tokens)
         for requests, query_len in usual_sizes(num_rows, self.plan.capacity["seq_lens"]):
             for window in dict.fromkeys(self.config.windows):
@@ -84,7 +92,13 @@ class PrefillAttention:
         key = (num_requests, query_len, width, window)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._build(*key)
+            try:
+                graph = self._graphs[key] = self._build(*key)
+            except (RuntimeError, self._cudnn.cudnnGraphNotSupportedError) as error:
+                raise UnsupportedError(
+                    f"cuDNN does not attend {num_requests} prompts of {query_len} rows: {error}; hint: a newer "
+                    "cuDNN may, and without nvidia-cudnn-frontend a kernel of our own does"
+                ) from error
             size = graph.get_workspace_size()
             if size > self._workspace.numel():
                 self._workspace = torch.empty(size, dtype=torch.uint8, device=self.pool.device)

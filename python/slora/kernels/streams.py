@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 
 RECORDING = Lock()
-"""Held while a graph is recorded."""
+"""Held while these streams are in use: what another thread enqueued on them would become part of what is recorded."""
 
 
 @cache
