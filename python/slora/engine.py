@@ -5,6 +5,7 @@ import os
 import threading
 import warnings
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class StepLoop:
         """The step thread. An exception ends every request and the engine, visibly."""
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device.index or 0)
+                torch.cuda.set_device(self._device)
             is_idle = False
             while self._core.wait(self._idle_wait_s() if is_idle else 0.0):
                 is_idle = not self._round()
@@ -118,23 +119,25 @@ class Engine:
         if (options.max_context or 0) > self.model_config.max_context:
             limit = self.model_config.max_context
             raise ConfigError(f"max_context = {options.max_context}: the model's limit is {limit} tokens")
-        weights = load_weights(
-            self.model_config, self.path, dtype=self.dtype, device=str(self.device), load_format=options.load_format
-        )
-        pool = PagePool(
-            self.model_config,
-            dtype=self.dtype,
-            device=str(self.device),
-            pool_bytes=self._choose_pool_bytes(options),
-            page_tokens=options.page_tokens,
-        )
-        host = allocate_host(options.host_bytes or DEFAULT_HOST_BYTES[self.device.type], pool.page_bytes, self.device)
-        self.page_bytes, self.pool_bytes = pool.page_bytes, pool.pool_bytes
-        try:
-            self._start(options, weights, pool, host)
-        except BaseException:
-            host.close()
-            raise
+        with on_device(self.device):
+            weights = load_weights(
+                self.model_config, self.path, dtype=self.dtype, device=str(self.device), load_format=options.load_format
+            )
+            pool = PagePool(
+                self.model_config,
+                dtype=self.dtype,
+                device=str(self.device),
+                pool_bytes=self._choose_pool_bytes(options),
+                page_tokens=options.page_tokens,
+            )
+            host_bytes = options.host_bytes or DEFAULT_HOST_BYTES[self.device.type]
+            host = allocate_host(host_bytes, pool.page_bytes, self.device)
+            self.page_bytes, self.pool_bytes = pool.page_bytes, pool.pool_bytes
+            try:
+                self._start(options, weights, pool, host)
+            except BaseException:
+                host.close()
+                raise
         self._register(adapter_paths)
 
     def _start(self, options: Options, weights: Weights, pool: PagePool, host: HostMemory) -> None:
@@ -156,7 +159,7 @@ class Engine:
         thread = threading.Thread(target=loop.run, name="slora-step", daemon=True)
         thread.start()
         # Explicit close, garbage collection and the interpreter's exit all come here, once.
-        self._close = weakref.finalize(self, _shut_down, self.core, thread, runner, host, os.getpid())
+        self._close = weakref.finalize(self, _shut_down, self.core, thread, runner, host, self.device, os.getpid())
 
     @property
     def is_open(self) -> bool:
@@ -239,19 +242,26 @@ def open_text(path: Path) -> _core.Text | None:
     return _core.Text(str(path)) if (path / "tokenizer.json").exists() else None
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device this thread's current one: kernels and streams belong to that, whatever tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto": CUDA if there is a device."""
+    """ "auto": CUDA if there is a device; "cuda" is the thread's current one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in DEFAULT_HOST_BYTES:
         raise ConfigError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> str:
@@ -261,19 +271,22 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> str:
     return "float32" if device.type == "cpu" else config.dtype
 
 
-def _shut_down(core: _core.Core, thread: threading.Thread, runner: AnyRunner, host: HostMemory, pid: int) -> None:
+def _shut_down(
+    core: _core.Core, thread: threading.Thread, runner: AnyRunner, host: HostMemory, device: torch.device, pid: int
+) -> None:
     """In this order: nothing is freed that another thread may still touch."""
     if os.getpid() != pid:  # a fork took no threads with it, and left their locks as they were
         return
     core.begin_close()
     if threading.current_thread() is thread:  # garbage collection found the engine on its own step thread
-        threading.Thread(target=_shut_down, args=(core, thread, runner, host, pid)).start()
+        threading.Thread(target=_shut_down, args=(core, thread, runner, host, device, pid)).start()
         return
     thread.join()
     core.close()
     for owner in (runner, host):
         try:
-            owner.close()
+            with on_device(device):
+                owner.close()
         except RuntimeError as error:
             if core.failure is None:
                 raise

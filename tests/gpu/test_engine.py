@@ -177,3 +177,21 @@ def test_close_returns_device_and_pinned_memory() -> None:
     for device, host in left[1:]:
         assert device < MOST_LEFT_BYTES, f"device memory is left: {left}"
         assert host < MOST_LEFT_BYTES + OTHERS_BYTES, f"pinned memory is left: {left}"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_an_engine_stays_on_its_device() -> None:
+    """The second one's, while the first is this thread's, and beside an engine there."""
+    before = torch.cuda.memory_allocated(0)
+    options = {"dtype": "bfloat16", "pool_bytes": 64 << 20, "host_bytes": 64 << 20}
+    prompts, names = ["hello", "abc"] * 4, [None, *NAMES][:8]
+    results = []
+    with slora.LLM(BASE, adapters=ADAPTERS, device="cuda:1", **options) as second:
+        assert torch.cuda.current_device() == 0
+        assert torch.cuda.memory_allocated(0) == before
+        with slora.LLM(BASE, adapters=ADAPTERS, device="cuda:0", **options) as first:
+            for llm in (second, first, second):
+                found = llm.generate(prompts, adapter=names, max_tokens=16, temperature=0)
+                results.append([result.token_ids for result in found])
+    assert results[0] == results[1] == results[2]
+    assert torch.cuda.current_device() == 0

@@ -12,16 +12,22 @@ import pytest
 import torch
 
 from slora.cuda_runner import CudaRunner, StepShape
-from slora.errors import DeviceError
+from slora.engine import choose_device
+from slora.errors import ConfigError, DeviceError
 from slora.graphs import RECORDED_RUN, Graphs
 from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS, Attention
 from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
+from slora.kernels.nvrtc import cached_by_device
 from slora.kernels.streams import RECORDING
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
 
+SHARED_MEMORY = {
+    name: SimpleNamespace(shared_memory_per_multiprocessor=most << 10, shared_memory_per_block_optin=most - 1 << 10)
+    for name, most in {"sm_89": 100, "sm_80": 164, "sm_90": 228}.items()
+}
 NOTHING = Counts(*[0] * len(Counts._fields))
 
 
@@ -124,6 +130,26 @@ class NotSupportedError(Exception):
     """As cuDNN's own: no RuntimeError."""
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "group", "served"),
+    [
+        (128, 8, {"sm_80", "sm_89", "sm_90"}),
+        (128, 16, {"sm_80", "sm_90"}),
+        (256, 8, {"sm_90"}),
+        (96, 70, set()),
+    ],
+)
+def test_attention_on_tensor_cores_needs_room_for_its_ring(head_dim: int, group: int, served: set[str]) -> None:
+    found = set()
+    for name, properties in SHARED_MEMORY.items():
+        attention: Any = Attention.__new__(Attention)
+        attention.dtype, attention.group, attention.config = torch.bfloat16, group, SimpleNamespace(head_dim=head_dim)
+        attention._properties = properties
+        if attention.is_tensor_core:
+            found.add(name)
+    assert found == served
+
+
 @pytest.fixture(params=[NotSupportedError("hidden_dim should be at most 128"), RuntimeError("no engine")], ids=repr)
 def refusing(request: pytest.FixtureRequest) -> Any:
     """Attention by a cuDNN that refuses all sizes."""
@@ -150,6 +176,7 @@ def test_where_cudnn_refuses_our_own_kernel_attends_prompts(refusing: Any, caplo
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     launched = []
     refusing.dtype, refusing.group, refusing.config = torch.bfloat16, 1, SimpleNamespace(head_dim=256, q_size=256)
+    refusing._properties = SHARED_MEMORY["sm_90"]
     refusing._run_chunks = lambda q, out, layer, is_beside_decode: launched.append(is_beside_decode)
     refusing.run(torch.zeros(600, 1, 256), 0, has_decode=False, has_prefill=True, has_splits=False, is_graph=False)
     assert launched == [False]
@@ -242,3 +269,27 @@ def test_a_bug_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaRunner, "_launch", fail)
     with pytest.raises(AssertionError, match="an invariant"):
         CudaRunner.__new__(CudaRunner).launch(None)  # type: ignore[arg-type]
+
+
+def test_the_device_is_the_threads_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    chosen = [choose_device(name) for name in ("auto", "cuda", "cuda:0", "cpu")]
+    assert [str(device) for device in chosen] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    with pytest.raises(ConfigError, match="torch sees 2"):
+        choose_device("cuda:2")
+
+
+def test_kernels_are_kept_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+
+    @cached_by_device
+    def make(name: str) -> list[str]:
+        return [name]
+
+    first = make("a")
+    assert make("a") is first
+    assert make("b") is not first
+    current[0] = 1
+    assert make("a") is not first

@@ -50,11 +50,12 @@ class Attention:
         if self.is_tensor_core and cudnn.is_available():
             self._cudnn = cudnn.PrefillAttention(pool, plan)
 
-    @property
+    @cached_property
     def is_tensor_core(self) -> bool:
-        """Whether the tensor-core kernels serve this model; else the simple one serves all rows."""
+        """Whether the tensor-core kernels serve this model on this device; else the simple one serves all rows."""
         dim = self.config.head_dim
-        return self.dtype != torch.float32 and dim % 16 == 0 and dim <= MAX_HEAD_DIM and self.group <= CHUNK_ROWS
+        is_served = dim % 16 == 0 and dim <= MAX_HEAD_DIM and self.group <= CHUNK_ROWS
+        return self.dtype != torch.float32 and is_served and self._decode_stages(1, 0) is not None
 
     def warm_up(self, max_tokens: int, num_rows: range) -> None:
         """Make what eager steps of so many rows need, for sequences of up to `max_tokens`."""
@@ -109,9 +110,9 @@ class Attention:
 
     @cached_property
     def _decode(self) -> KernelShape:
-        """Two blocks share a multiprocessor, with as many stages as fit."""
+        """Two blocks share a multiprocessor, if that is possible, with as many stages as fit."""
         shape = self._decode_shape(2, 0) or self._decode_shape(1, 0)
-        assert shape is not None, f"no ring of copies fits the shared memory of {self._properties.name}"
+        assert shape is not None, "is_tensor_core says that one fits"
         return shape
 
     @cached_property
@@ -121,16 +122,21 @@ class Attention:
 
     def _decode_shape(self, blocks: int, spare: int) -> KernelShape | None:
         """With so many blocks on a multiprocessor, whose shared memory keeps `spare` bytes for others."""
+        stages = self._decode_stages(blocks, spare)
+        if stages is None:
+            return None
+        kernel = nvrtc.load("paged_attention", {**self._macros, "STAGES": stages}).kernel("paged_attention")
+        return KernelShape(kernel, blocks * self._properties.multi_processor_count, self._decode_bytes(stages))
+
+    def _decode_stages(self, blocks: int, spare: int) -> int | None:
         p = self._properties
-        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
-        stage = 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
         most = (p.shared_memory_per_multiprocessor - spare) // blocks - _RESERVED_BYTES
-        for stages in (4, 3, 2):
-            size = -(-merge // 16) * 16 + WARPS * stages * stage
-            if size <= min(most, p.shared_memory_per_block_optin):
-                kernel = nvrtc.load("paged_attention", {**self._macros, "STAGES": stages}).kernel("paged_attention")
-                return KernelShape(kernel, blocks * p.multi_processor_count, size)
-        return None
+        most = min(most, p.shared_memory_per_block_optin)
+        return next((stages for stages in (4, 3, 2) if self._decode_bytes(stages) <= most), None)
+
+    def _decode_bytes(self, stages: int) -> int:
+        merge = WARPS * min(self.group, 16) * (self.config.head_dim + 2) * 4
+        return -(-merge // 16) * 16 + WARPS * stages * 2 * TILE_TOKENS * (self.config.head_dim + 8) * 2
 
     @cached_property
     def _merge(self) -> Kernel:

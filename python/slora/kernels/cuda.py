@@ -3,8 +3,6 @@
 Everything is launched on torch's current stream, and nothing waits for the device.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor
@@ -130,7 +128,7 @@ def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     return ids.long()
 
 
-@cache
+@nvrtc.cached_by_device
 def _rms_norm(dtype: torch.dtype, hidden: int) -> tuple[Kernel, int]:
     width = 16 // dtype.itemsize
     pieces = hidden // width if hidden % width == 0 else hidden
@@ -139,7 +137,7 @@ def _rms_norm(dtype: torch.dtype, hidden: int) -> tuple[Kernel, int]:
     return nvrtc.load("rms_norm", macros).kernel("rms_norm"), threads
 
 
-@cache
+@nvrtc.cached_by_device
 def _rope_kv(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page_tokens: int, has_qk_norm: bool
 ) -> Kernel:
@@ -147,11 +145,11 @@ def _rope_kv(
     return nvrtc.load("rope_kv", {"ELEMENT": ELEMENTS[dtype], "QK_NORM": int(has_qk_norm), **shape}).kernel("rope_kv")
 
 
-@cache
+@nvrtc.cached_by_device
 def _silu_mul(dtype: torch.dtype, is_vector: bool) -> Kernel:
     return nvrtc.load("silu_mul", {"ELEMENT": ELEMENTS[dtype], "IS_VECTOR": int(is_vector)}).kernel("silu_mul")
 
 
-@cache
+@nvrtc.cached_by_device
 def _sample() -> Kernel:
     return nvrtc.load("sample").kernel("sample")

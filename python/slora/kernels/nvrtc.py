@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from slora.errors import DeviceError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Macros = Mapping[str, int | float | str]
 Dim = int | tuple[int, ...]
 Argument = Tensor | np.generic | int | float | ctypes.Structure | None
@@ -40,6 +42,21 @@ _SCALARS = {"int32": "c_int32", "int64": "c_int64", "uint32": "c_uint32", "uint6
 def load(name: str, macros: Macros | None = None) -> "Module":
     """`cuda/<name>.cu` for the current device; one module for equal macros in a process."""
     return _load(name, tuple(sorted((macros or {}).items())), torch.cuda.current_device())
+
+
+def cached_by_device(make: Callable[P, T]) -> Callable[P, T]:
+    """`functools.cache` of what is made for the current device: a kernel of one is none of another's."""
+
+    def make_for(device: int, *args: Any, **kwargs: Any) -> T:
+        return make(*args, **kwargs)
+
+    made: Callable[..., T] = cache(make_for)
+
+    @wraps(make)
+    def found(*args: P.args, **kwargs: P.kwargs) -> T:
+        return made(torch.cuda.current_device(), *args, **kwargs)
+
+    return found
 
 
 @cache

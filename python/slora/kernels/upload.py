@@ -1,6 +1,5 @@
 """Small copies to the device that do not queue behind swap-ins, as those of the copy engine do."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,6 +56,6 @@ def _launch(source: Tensor, target: Tensor, most_blocks: int, stream: torch.cuda
     _kernel()(blocks, THREADS, (source, target, n), stream=stream.cuda_stream)
 
 
-@cache
+@nvrtc.cached_by_device
 def _kernel() -> nvrtc.Kernel:
     return nvrtc.load("upload").kernel("upload")
