@@ -65,17 +65,18 @@ class StepLoop:
             self._core.fail(f"{type(error).__name__}: {error}")
 
     def _round(self) -> bool:
-        """Launch the next step, then commit the one before it. Whether there was anything to do."""
+        """Launch the next step, then commit the one before it. Whether anything happened: then more may be planned."""
         if self._launched is not None and self._launched[1].is_done:
             self._commit()
         launched = self._launch()
         is_busy = launched is not None or self._launched is not None
         self._commit()
         self._launched = launched
-        for step in self._runner.copies_done():
+        arrived = self._runner.copies_done()
+        for step in arrived:
             self._core.copies_done(step)
             self._copying.discard(step)
-        return is_busy
+        return is_busy or bool(arrived)
 
     def _launch(self) -> tuple[int, Pending] | None:
         buffer, plan = self._ring[0]
