@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -220,7 +221,7 @@ class Engine:
             warnings.warn(
                 f"max_context is lowered from {longest} to {core.config['max_context']} tokens: more do not fit the "
                 f"pool of {pool.pool_bytes} bytes; hint: raise pool_bytes",
-                stacklevel=5,  # where the user makes the LLM
+                stacklevel=user_stacklevel(),
             )
         return core
 
@@ -234,6 +235,14 @@ class Engine:
         except BaseException:
             self.close()
             raise
+
+
+def user_stacklevel() -> int:
+    """For a warning of the caller's: the line outside this package from which it was called."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def open_text(path: Path) -> _core.Text | None:

@@ -222,6 +222,14 @@ def test_weights_that_are_not_finite_fail_the_request_by_name(
     settled(llm)
 
 
+@pytest.mark.parametrize("kind", [slora.LLM, slora.AsyncLLM])
+def test_a_warning_names_the_line_that_makes_the_engine(kind: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match="max_context is lowered") as warned:
+        llm = kind(BASE, **engine_options(pool_bytes=6 << 16))
+    llm._engine.close()
+    assert [Path(warning.filename) for warning in warned] == [Path(__file__)]
+
+
 def test_a_pool_too_small_for_one_request_or_one_adapter(settled: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match="max_context is lowered from 1024 to 96"):
         llm = slora.LLM(BASE, **engine_options(pool_bytes=6 << 16))
