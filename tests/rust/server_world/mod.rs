@@ -101,7 +101,7 @@ impl World {
         Self { server, runtime, text, step_us, steps: Some(steps), _memory: memory }
     }
 
-    /// How long each further step takes.
+    /// How long each step takes, the running one included.
     pub fn set_step_time(&self, time: Duration) {
         self.step_us.store(time.as_micros() as u64, Ordering::Relaxed);
     }
@@ -177,7 +177,12 @@ fn run_steps(runtime: &Runtime, mut stepper: Stepper, script: &[u32], step_us: &
             runtime.wait(Duration::from_millis(50));
             continue;
         };
-        std::thread::sleep(Duration::from_micros(step_us.load(Ordering::Relaxed)));
+        let started = Instant::now();
+        while let left = Duration::from_micros(step_us.load(Ordering::Relaxed)).saturating_sub(started.elapsed())
+            && !left.is_zero()
+        {
+            std::thread::sleep(left.min(Duration::from_millis(5)));
+        }
         let token = |i: usize| {
             let position = buffer[positions + buffer[sample_rows + i] as usize] as usize;
             script[position.min(script.len() - 1)] as i32
