@@ -264,6 +264,12 @@ fn what_an_admin_sends_is_short() {
     for (method, path) in routes {
         assert_ne!(sent(method, path, 64 << 10).0, 413);
         assert_eq!(sent(method, path, (64 << 10) + 1), (413, "body_too_large".into()));
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer admin\r\n\
+             content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+        );
+        let chunk = format!("10001\r\n{}\r\n0\r\n\r\n", " ".repeat(0x10001));
+        assert_eq!(Response::read(world.raw(&(head + &chunk))).error(), (413, "body_too_large".into()));
     }
     assert_eq!(
         sent("POST", "/v1/completions", 1 << 20),
