@@ -137,8 +137,8 @@ class AsyncLLM(Client):
             async for delta in llm.stream("hello", adapter="formal", max_tokens=32):
                 print(delta.text, end="")
 
-    The engine works on threads of its own; it wakes the event loop once a step. Long prompts are turned into ids on
-    threads too. What one task asks for is submitted in its order.
+    The engine works on threads of its own; the event loop wakes once for all requests that have something new by then.
+    Long prompts are turned into ids on threads too. What one task asks for is submitted in its order.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
