@@ -240,7 +240,7 @@ class Engine:
 def user_stacklevel() -> int:
     """For a warning of the caller's: the line outside this package from which it was called."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     return level
 

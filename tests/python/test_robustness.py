@@ -227,7 +227,8 @@ def test_a_warning_names_the_line_that_makes_the_engine(kind: Callable[..., Any]
     with pytest.warns(UserWarning, match="max_context is lowered") as warned:
         llm = kind(BASE, **engine_options(pool_bytes=6 << 16))
     llm._engine.close()
-    assert [Path(warning.filename) for warning in warned] == [Path(__file__)]
+    found = [warning.filename for warning in warned if "max_context" in str(warning.message)]
+    assert found == [__file__]
 
 
 def test_a_pool_too_small_for_one_request_or_one_adapter(settled: Callable[..., Any]) -> None:
