@@ -343,9 +343,11 @@ def test_a_race_of_renames_never_shows_what_lies_outside(world: World, tmp_path:
     at = world.root / "races" / swap.__name__ / "raced"
     at.parent.mkdir(parents=True)
     is_over = threading.Event()
+    swaps = swap(world, at)
+    next(swaps)  # what it copies is whole before anybody looks
 
     def race() -> None:
-        for _ in swap(world, at):
+        for _ in swaps:
             if is_over.is_set():
                 return
 
