@@ -171,6 +171,7 @@ class CudaRunner:
     ) -> None:
         """Record decode steps of all sizes, without adapters and splits and with. No step may be in flight."""
         self._plan.clear()
+        with_splits = with_splits and self._step.attention.is_tensor_core
         sizes, kinds = [*reversed(graphs.buckets(most_rows))], product({False, with_lora}, {False, with_splits})
         shapes = [StepShape(n, True, False, *kind) for kind in kinds for n in sizes]
         for shape in graphs.progress(shapes, len(shapes), show):
@@ -198,7 +199,8 @@ class CudaRunner:
             has_few = shape.has_lora and bool(np.any(np.diff(plan.array("seg_indptr")) <= MANY_ROWS))
             self._step.prepare(**shape._asdict(), has_few=has_few)
             return self._decoder.forward(self._step.ids, self._step)
-        shape = shape._replace(num_rows=graphs.bucket(shape.num_rows))
+        has_splits = shape.has_splits and self._step.attention.is_tensor_core  # the simple kernel makes none
+        shape = shape._replace(num_rows=graphs.bucket(shape.num_rows), has_splits=has_splits)
         self._graphs.run(shape, self._forward_body(shape))
         return self._hidden
 

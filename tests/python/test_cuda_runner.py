@@ -38,7 +38,11 @@ def fake_runner(log: list[str]) -> Any:
     runner._copies = SimpleNamespace(
         issue=lambda plan, wait_for: note(f"copies behind {wait_for}"), wait=lambda step: note(f"wait for {step}")
     )
-    runner._step = SimpleNamespace(ids=torch.zeros(0), prepare=lambda num_rows, **_: note(f"prepare {num_rows}"))
+    runner._step = SimpleNamespace(
+        ids=torch.zeros(0),
+        prepare=lambda num_rows, **_: note(f"prepare {num_rows}"),
+        attention=SimpleNamespace(is_tensor_core=True),
+    )
     runner._plan, runner._staging = (
         SimpleNamespace(upload=lambda plan, how: how()),
         SimpleNamespace(copy=lambda: note("upload")),
@@ -76,6 +80,26 @@ def test_decode_rows_of_several_splits_have_a_shape_of_their_own(
     """A graph without a merge must never run for them."""
     counts = NOTHING._replace(num_rows=3, num_requests=1, num_decode=num_decode, max_seq_len=max_seq_len)
     assert StepShape.of(counts).has_splits == has_splits
+
+
+@pytest.mark.parametrize("is_tensor_core", [True, False])
+def test_only_kernels_that_split_have_graphs_for_splits(is_tensor_core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runner = fake_runner([])
+    runner._step.attention.is_tensor_core = is_tensor_core
+    recorded: list[Any] = []
+    runner._graphs = SimpleNamespace(
+        record=lambda key, body: recorded.append(key), run=lambda key, body: used.append(key)
+    )
+    runner._plan = SimpleNamespace(clear=lambda: None, capacity={"sample_rows": 8})
+    runner.record_graphs(most_rows=8, show=False)
+    used: list[Any] = []
+    for max_seq_len in (512, 513):
+        counts = fake_plan(num_rows=3, num_decode=1, max_seq_len=max_seq_len).counts
+        runner._forward(StepShape.of(counts), None)
+    assert set(used) <= set(recorded)
+    assert len(set(used)) == (2 if is_tensor_core else 1)
+    assert len(recorded) == 4 * (4 if is_tensor_core else 2) + 4
 
 
 def test_host_and_kernels_cut_sequences_alike() -> None:
