@@ -88,7 +88,9 @@ fn read_text(call: &mut Call) -> Result<Asked, ApiError> {
     }
     if prompt.is_none() && fields.raw("messages").is_none() {
         let message = "prompt and messages are missing; hint: give one of them";
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, "missing_required_parameter", message).with_param("messages"));
+        return Err(
+            ApiError::new(StatusCode::BAD_REQUEST, "missing_required_parameter", message).with_param("messages")
+        );
     }
     // A text needs no template, but what is said of one must still be well said.
     let input = if prompt.is_none() { chat::take_input(app, &fields)? } else { chat::take_template(&fields)? };
