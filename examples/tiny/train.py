@@ -177,13 +177,13 @@ def train_adapter(out: Path, name: str, args: argparse.Namespace) -> None:
     recipe = RECIPES[name]
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32).to(args.device)
-    base.name_or_path = base.config._name_or_path = "slora-tiny"
+    base.name_or_path = base.config._name_or_path = "examples/tiny/base"
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=recipe.targets,
         task_type="CAUSAL_LM",
-        base_model_name_or_path="slora-tiny",
+        base_model_name_or_path="examples/tiny/base",
         **recipe.extra,
     )
     torch.manual_seed(SEED)

@@ -1,7 +1,17 @@
-"""`python -m slora`."""
+"""`slora`, and `python -m slora`."""
 
 import sys
 
-from slora.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Ctrl-C is quiet from the start: importing takes a moment, too."""
+    try:
+        from slora.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

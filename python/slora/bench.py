@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,8 +106,8 @@ def run(options: argparse.Namespace) -> int:
 def bench(config: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> int:
     """Run a load and show its report: 0, 1 if no request was answered whole, 130 after ctrl-C."""
     for flag, path in (("--json", json_path), ("--plot", plot_path)):
-        if path and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {str(path)!r}: there is no such folder")
+        if path:
+            _check_writable(flag, path)
     if plot_path:
         from slora.bench_plot import check, plot
 
@@ -120,6 +121,17 @@ def bench(config: dict[str, Any], json_path: Path | None, plot_path: Path | None
     if not is_whole:
         return 130
     return 0 if report["completed"] or report["left"] else 1
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Before the load runs: it may take long."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{flag} {str(path)!r}: there is no such folder")
+    if path.is_dir():
+        raise ConfigError(f"{flag} {str(path)!r}: is a folder; hint: name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{flag} {str(path)!r}: cannot be written")
 
 
 def table(report: dict[str, Any]) -> str:

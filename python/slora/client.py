@@ -118,6 +118,8 @@ class Client:
         self, messages: Any, adapter: AdapterNames, options: Mapping[str, Any]
     ) -> tuple[list[Prompt], bool, dict[str, Any]]:
         """The conversations, whether it is a single one, and the sampling options among the options."""
+        if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+            raise RequestError(f'messages are {_shown(messages)}; hint: a list of {{"role": …, "content": …}}')
         is_one = _is_list_of(messages, Mapping)
         each: Sequence[Conversation] = [messages] if is_one else messages
         names = _names(adapter, len(each))
@@ -205,6 +207,8 @@ def _names(adapter: AdapterNames, count: int) -> Sequence[str | None]:
         return [adapter] * count
     if not isinstance(adapter, Sequence):
         raise RequestError(f"adapter is {_shown(adapter)}; hint: a name, None, or a list of these")
+    if odd := [name for name in adapter if not isinstance(name, str | None)]:
+        raise RequestError(f"adapter holds one {_shown(odd[0])}; hint: a name, None, or a list of these")
     if len(adapter) != count:
         raise RequestError(
             f"adapter has {len(adapter)} names for {count} prompts; hint: one name, or one for each prompt"

@@ -97,7 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting, without defaults, so that only what was given is there."""
     parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="folder of the base model")
     parser.add_argument("--config", metavar="FILE", help="YAML: setting: value")
-    parser.add_argument("--show-config", action="store_true", help="print what is in force, and exit")
+    parser.add_argument("--show-config", action="store_true", help="print the configuration in force, and exit")
     parser.add_argument("--enable-lora", action="store_true", help="vLLM's; adapters are always served")
     for title, settings in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -129,13 +129,15 @@ def unrecognized(arguments: list[str]) -> str:
     return f"unrecognized arguments: {' '.join(arguments)}" + "".join(f"; hint: {hint}" for hint in hints)
 
 
-def hint(name: str) -> str:
+def hint(name: str, as_flag: bool = True) -> str:
     """What may have been meant by a name that no setting has."""
     name = name.lower().replace("-", "_")
     if name in VLLM_HINTS:
         return VLLM_HINTS[name]
     close = difflib.get_close_matches(name, BY_NAME, 1)
-    return f"did you mean {_flag(close[0])}?" if close else "slora serve --help lists what there is"
+    if not close:
+        return "slora serve --help lists what there is"
+    return f"did you mean {_flag(close[0]) if as_flag else close[0]}?"
 
 
 def _from_file(path: Path) -> dict[str, Given]:
@@ -144,7 +146,7 @@ def _from_file(path: Path) -> dict[str, Given]:
     for key in keys:
         name = key.replace("-", "_")
         if name not in BY_NAME:
-            raise ConfigError(f"{path}: unknown key {key!r}; hint: {hint(key)}")
+            raise ConfigError(f"{path}: unknown key {key!r}; hint: {hint(key, as_flag=False)}")
         setting = BY_NAME[name]
         if setting.name in found:
             raise ConfigError(f"{path}: {setting.name} is there twice, with {key!r}")
@@ -161,7 +163,7 @@ def _read_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     try:

@@ -13,7 +13,7 @@ import torch
 
 from slora import _core
 from slora.base import make_base
-from slora.errors import AdapterError, ConfigError, LoadError, RequestError
+from slora.errors import AdapterError, ConfigError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
@@ -113,8 +113,8 @@ class Engine:
 
     def __init__(self, model: str | Path, options: Options) -> None:
         self.path = Path(model)
-        self.text = open_text(self.path)
         self.model_config = ModelConfig.from_dir(self.path)
+        self.text = open_text(self.path)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.model_config, self.device)
         adapter_paths = options.adapter_paths()
@@ -247,8 +247,6 @@ def user_stacklevel() -> int:
 
 def open_text(path: Path) -> _core.Text | None:
     """The folder's tokenizer; None: there is none, and token ids are served."""
-    if not path.is_dir():
-        raise LoadError(f"model = {str(path)!r}: no such folder; hint: download the checkpoint first")
     return _core.Text(str(path)) if (path / "tokenizer.json").exists() else None
 
 

@@ -130,7 +130,9 @@ def _reserve(num_bytes: int) -> Tensor:
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     except OSError as error:
-        raise DeviceError(f"cannot allocate a host tier of {num_bytes} bytes: {error}") from error
+        raise DeviceError(
+            f"cannot allocate a host tier of {num_bytes} bytes: {error}; hint: lower host_bytes"
+        ) from error
     reserved: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
     for advice in (_DONT_FORK, _HUGE_PAGE):
         _advise(reserved.data_ptr(), num_bytes, advice)

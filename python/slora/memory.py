@@ -106,7 +106,7 @@ class PagePool:
         if self.num_pages < 2:
             raise ConfigError(
                 f"pool_bytes = {pool_bytes} holds {self.num_pages} pages of {self.page_bytes} bytes "
-                f"({self.page_tokens} tokens each); at least 2 are needed"
+                f"({self.page_tokens} tokens each); at least 2 are needed; hint: raise pool_bytes"
             )
 
 
@@ -186,4 +186,6 @@ def _allocate(num_bytes: int, device: torch.device) -> Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # out of memory, on any device
-        raise DeviceError(f"cannot allocate a pool of {num_bytes} bytes on {device}: {error}") from error
+        raise DeviceError(
+            f"cannot allocate a pool of {num_bytes} bytes on {device}: {error}; hint: lower pool_bytes"
+        ) from error

@@ -47,6 +47,9 @@ class Options:
     """Of the random numbers of requests that bring no seed."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.adapters, Mapping | str | Path | None):
+            shown = f"adapters is of type {type(self.adapters).__name__}: {self.adapters!r:.60}"
+            raise ConfigError(f"{shown}; hint: a mapping from names to folders, or a folder of adapters")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("queue", self.queue, QUEUES)
@@ -72,12 +75,19 @@ class Options:
             raise LoadError(
                 f"adapters = {str(folder)!r}: no such folder; hint: a folder whose sub-folders are adapters"
             )
+        refuse_adapter("adapters", folder)
         return {path.name: path for path in sorted(folder.iterdir()) if is_adapter(path)}
 
 
 def is_adapter(path: Path) -> bool:
     """Whether the folder holds a PEFT adapter, as far as its files' names say (PEFT nests some a folder deeper)."""
     return (path / "adapter_config.json").exists() or any(path.glob("*/adapter_config.json"))
+
+
+def refuse_adapter(option: str, folder: Path) -> None:
+    """Raises LoadError for an adapter where the folder that it lies in is meant. (PEFT may save some beside others.)"""
+    if (folder / "adapter_config.json").exists() and not any(map(is_adapter, folder.iterdir())):
+        raise LoadError(f"{option} = {str(folder)!r}: is itself an adapter; hint: give the folder that it lies in")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

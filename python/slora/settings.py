@@ -75,6 +75,13 @@ def mapping(raw: object) -> dict[str, Any]:
     return value
 
 
+def sampling(raw: object) -> dict[str, Any]:
+    known, value = _SERVER_DEFAULTS["sampling_defaults"], mapping(raw)
+    if unknown := set(value) - set(known):
+        raise ValueError(f"unknown field {min(map(str, unknown))!r}; hint: there are {', '.join(known)}")
+    return value
+
+
 def adapters(raw: object) -> list[dict[str, Any]]:
     """`name=path`, vLLM's JSON object, several of these, or a file's mapping of names to paths."""
     if isinstance(raw, dict):
@@ -166,21 +173,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 GROUPS: dict[str, tuple[Setting, ...]] = {
     "model": (
-        Setting("model", text, "folder of the base model, as the first argument too", metavar="MODEL"),
+        Setting("model", text, "folder of the base model; also the first argument", metavar="MODEL"),
         Setting(
             "served_model_name",
             texts,
-            "names of the base; none: its folder's name",
+            "names of the base model; default: its folder's name",
             field="served_model_names",
             metavar="NAME",
         ),
-        _engine("max_context", integer, "tokens of one sequence; none: the model's limit", "max_model_len"),
+        _engine(
+            "max_context", integer, "tokens of prompt and answer together; default: the model's limit", "max_model_len"
+        ),
         _engine("dtype", text, f"one of {', '.join(DTYPES)}"),
         _engine("load_format", text, f"one of {', '.join(LOAD_FORMATS)}; dummy: random weights"),
-        _engine("seed", integer, "of the random numbers of requests that bring no seed"),
+        _engine("seed", integer, "for requests that bring no seed of their own"),
         Setting(
             "sampling_defaults",
-            mapping,
+            sampling,
             'for requests that leave them out, as JSON: {"temperature": 0.7}',
             ("override_generation_config",),
             metavar="JSON",
@@ -188,7 +197,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting(
             "generation_config",
             text,
-            "defaults behind those: auto, the model folder's generation_config.json; vllm: none; else a folder",
+            "further defaults: auto takes the model folder's generation_config.json, vllm none, DIR that folder's",
             metavar="auto|vllm|DIR",
         ),
     ),
@@ -196,72 +205,97 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting(
             "adapter",
             adapters,
-            "adapters that are there from the start: NAME=PATH, or JSON with name, path, pinned",
+            "adapters to register at the start, also as JSON with name, path and pinned",
             ("lora_modules",),
             field="adapters",
             metavar="NAME=PATH",
         ),
-        Setting("adapter_dir", text, "folder whose sub-folders are adapters; watched", metavar="DIR"),
-        Setting("adapter_poll", number, "between two looks at it", field="adapter_poll_s"),
-        Setting("adapter_root", texts, "paths over HTTP lie beneath", field="adapter_roots", metavar="DIR"),
-        _engine("max_adapters", integer, "distinct ones among the running requests; any number is served", "max_loras"),
+        Setting("adapter_dir", text, "folder whose sub-folders are adapters; watched for changes", metavar="DIR"),
+        Setting("adapter_poll", number, "seconds between two looks at --adapter-dir", field="adapter_poll_s"),
+        Setting(
+            "adapter_root",
+            texts,
+            "folders from which adapters may be loaded over HTTP, beside --adapter-dir",
+            field="adapter_roots",
+            metavar="DIR",
+        ),
+        _engine(
+            "max_adapters",
+            integer,
+            "different adapters among the running requests; any number may be registered",
+            "max_loras",
+        ),
     ),
     "device and memory": (
-        _engine("device", text, "auto, cpu, cuda, cuda:1"),
-        _engine("pool_bytes", num_bytes, "of KV cache and adapters together, as in 8GiB"),
+        _engine("device", text, "auto, cpu, cuda or cuda:N"),
+        _engine("pool_bytes", num_bytes, "size of the pool of KV cache and adapters, as in 8GiB; CPU: 512 MiB"),
         _engine(
-            "pool_fraction", number, "the same, of what is free once the base is loaded; CUDA: 0.9", metavar="SHARE"
+            "pool_fraction",
+            number,
+            "the same as a share of the memory that the base leaves free; CUDA: 0.9",
+            metavar="SHARE",
         ),
-        _engine("host_bytes", num_bytes, "of the host tier, where adapters wait; CPU: 1 GiB, CUDA: 8 GiB"),
-        _engine("page_tokens", integer, "tokens of a page", "block_size"),
-        _engine("max_running", integer, "requests of one step", "max_num_seqs"),
-        _engine("max_batch_tokens", integer, "token rows of one step", "max_num_batched_tokens"),
-        _engine("max_waiting", integer, "requests that wait in the engine"),
-        _engine("prefetch", boolean, "adapters come to the device before their requests run"),
+        _engine("host_bytes", num_bytes, "size of the host tier, where adapters wait; CPU: 1 GiB, CUDA: 8 GiB"),
+        _engine("page_tokens", integer, "tokens of a page of the pool; default: chosen by the model", "block_size"),
+        _engine("max_running", integer, "requests that run at once", "max_num_seqs"),
+        _engine("max_batch_tokens", integer, "tokens that one step computes at most", "max_num_batched_tokens"),
+        _engine("max_waiting", integer, "requests that wait in the engine, at most"),
+        _engine("prefetch", boolean, "copy adapters to the device before their requests run"),
     ),
     "network": (
-        Setting("host", text, "address to listen on; without any key only loopback is answered"),
-        Setting("port", port, "0: any free one"),
-        Setting("metrics_port", port, "a second one: /metrics and the health routes without a key"),
-        Setting("allowed_origins", texts, "that browsers may call from; *: any", metavar="ORIGIN"),
-        Setting("num_threads", integer, "for HTTP; 0: half of the cores, 1 to 8"),
-        Setting("drain_timeout", number, "for running requests after the first signal", owner="command"),
-        Setting("step_timeout", number, "a longer step ends the engine; 0: none does", field="step_timeout_s"),
+        Setting("host", text, "address to listen on; without a key only loopback is answered"),
+        Setting("port", port, "port to listen on; 0: any free one"),
+        Setting("metrics_port", port, "second port, with /metrics and the health routes, without a key"),
+        Setting("allowed_origins", texts, "origins from which browsers may call; *: any", metavar="ORIGIN"),
+        Setting("num_threads", integer, "HTTP threads; 0: half of the cores, 1 to 8"),
+        Setting("drain_timeout", number, "seconds that running requests get after the first signal", owner="command"),
+        Setting(
+            "step_timeout",
+            number,
+            "seconds after which a step counts as hung and ends the server; 0: never",
+            field="step_timeout_s",
+        ),
     ),
     "keys": (
-        Setting("api_key", texts, "users' keys", field="api_keys", metavar="KEY", is_secret=True),
-        Setting("api_keys_file", text, "users' keys with tenants and limits", metavar="FILE"),
-        Setting("admin_key", texts, "may manage adapters", field="admin_keys", metavar="KEY", is_secret=True),
+        Setting("api_key", texts, "keys of users", field="api_keys", metavar="KEY", is_secret=True),
+        Setting(
+            "api_keys_file", text, "keys of users with tenants, adapters and limits, as in docs/http.md", metavar="FILE"
+        ),
+        Setting(
+            "admin_key", texts, "keys that may also manage adapters", field="admin_keys", metavar="KEY", is_secret=True
+        ),
     ),
     "requests": (
         _engine(
             "queue",
             text,
-            "who is next: fcfs, the one who came first; fair, whose tenant, or adapter, was given the fewest tokens "
-            "for its weight",
+            "who is next: fcfs, the one who came first; fair, the tenant (without keys: the adapter) that got the "
+            "fewest tokens for its weight",
             metavar="|".join(QUEUES),
         ),
-        Setting("strict_fields", boolean, "unknown fields of requests are refused"),
-        Setting("access_log", boolean, "one line for each request; never its prompt"),
-        Setting("metrics_prefix", text, "of the series that other servers have too"),
+        Setting("strict_fields", boolean, "refuse requests with unknown fields"),
+        Setting("access_log", boolean, "log one line for each request, never its prompt"),
+        Setting("metrics_prefix", text, "prefix of the metrics that other servers have too"),
     ),
     "limits": (
-        _limit("max_connections", integer, "further ones are told 503"),
-        _limit("max_queued_requests", integer, "choices beyond those that can run at once"),
-        _limit("max_queued_tokens", integer, "prompt tokens of everything unfinished"),
-        _limit("max_queued_bytes", num_bytes, "bodies that are being read or worked on"),
-        _limit("max_body_bytes", num_bytes, "of one request"),
-        _limit("max_header_bytes", num_bytes, "of one request"),
-        _limit("max_json_depth", integer, "nesting of a body"),
-        _limit("max_n", integer, "choices of one request"),
-        _limit("max_messages", integer, "of one chat"),
-        _limit("max_message_bytes", num_bytes, "of one chat"),
-        _limit("header_timeout", number, "a request's headers", "header_timeout_s"),
-        _limit("body_timeout", number, "a request's body", "body_timeout_s"),
-        _limit("stall_timeout", number, "a reader that takes nothing", "stall_timeout_s"),
-        _limit("accept_timeout", number, "a stream's headers wait for its adapter", "accept_timeout_s"),
-        _limit("keep_alive", number, "between comments in a silent stream", "keep_alive_s"),
-        _limit("text_threads", integer, "for templates and tokenizing"),
+        _limit("max_connections", integer, "open connections; further ones get 503"),
+        _limit("max_queued_requests", integer, "answers that may wait, beyond those that can run at once"),
+        _limit("max_queued_tokens", integer, "prompt tokens of all unfinished requests"),
+        _limit("max_queued_bytes", num_bytes, "bodies being read or worked on, together"),
+        _limit("max_body_bytes", num_bytes, "body of one request"),
+        _limit("max_header_bytes", num_bytes, "headers of one request"),
+        _limit("max_json_depth", integer, "nesting of a JSON body"),
+        _limit("max_n", integer, "answers to one request, over all its prompts"),
+        _limit("max_messages", integer, "messages of one chat"),
+        _limit("max_message_bytes", num_bytes, "bytes of the messages of one chat"),
+        _limit("header_timeout", number, "seconds for a request's headers", "header_timeout_s"),
+        _limit("body_timeout", number, "seconds for a request's body", "body_timeout_s"),
+        _limit(
+            "stall_timeout", number, "seconds after which a reader that takes nothing is dropped", "stall_timeout_s"
+        ),
+        _limit("accept_timeout", number, "seconds that a stream's headers wait for its adapter", "accept_timeout_s"),
+        _limit("keep_alive", number, "seconds between comments in a silent stream", "keep_alive_s"),
+        _limit("text_threads", integer, "threads for templates and tokenizing"),
     ),
 }
 SETTINGS = {setting.name: setting for settings in GROUPS.values() for setting in settings}

@@ -86,6 +86,7 @@ def test_whole_answers_have_no_times_of_tokens(served: Served, capsys: pytest.Ca
         (["--plot", "load.jam"], "the ending must be one of"),
         (["--plot", "/nowhere/load.svg"], "there is no such folder"),
         (["--json", "/nowhere/load.json"], "there is no such folder"),
+        (["--json", "/"], "--json '/': is a folder; hint: name a file in it"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_sent(

@@ -45,8 +45,9 @@ def test_generate_answers_prompts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors_are_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(BASE), "abc", "--adapter", "nobody", *flags("device", "dtype")]) == 1
-    assert 'slora: UnknownAdapterError: no adapter is named "nobody"' in capsys.readouterr().err
+    assert main(["generate", "/nowhere", "abc", "--adapters", str(ADAPTERS), "--adapter", "nobody"]) == 1
+    error = capsys.readouterr().err
+    assert 'slora: UnknownAdapterError: no adapter is named "nobody"; hint: there are count, piglatin, ' in error
     assert main(["generate", "/nowhere", "abc"]) == 1
     assert "LoadError" in capsys.readouterr().err
     assert main(["adapters", "ls", str(BASE), "--base", str(BASE)]) == 1
@@ -109,6 +110,38 @@ def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) ->
         main([*command, "--help"])
     assert end.value.code == 0
     assert "usage: slora" in capsys.readouterr().out
+
+
+@no_engine
+def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "slora adapters check" in capsys.readouterr().out
+
+
+@no_engine
+@pytest.mark.parametrize(
+    ("reader", "error"), [("| true", ""), ("> /dev/full", "slora: [Errno 28] No space left on device")]
+)
+def test_output_that_nobody_takes_is_one_line_at_most(reader: str, error: str) -> None:
+    command = f"{sys.executable} -m slora adapters ls {ADAPTERS} --base {BASE} {reader}; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr.strip()) == (1, error)
+
+
+@no_engine
+def test_ctrl_c_ends_the_process_at_once_while_it_loads() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from slora.cli import ends_at_once\n"
+        "with ends_at_once():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(10)\n"
+        "    except KeyboardInterrupt:\n"
+        "        pass\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (130, "")
 
 
 @no_engine

@@ -20,7 +20,7 @@ from slora.settings import BY_NAME, SETTINGS, VLLM_HINTS, adapters, texts
 pytestmark = pytest.mark.cpu_only(reason="settings, before any engine")
 
 SAMPLES = {"adapters": "a=b", "texts": "x", "text": "x", "boolean": "true", "integer": "7", "number": "1.5"}
-SAMPLES |= {"num_bytes": "64MiB", "port": "81", "mapping": '{"top_k": 3}'}
+SAMPLES |= {"num_bytes": "64MiB", "port": "81", "sampling": '{"top_k": 3}'}
 """A value that each kind of setting takes."""
 
 
@@ -124,12 +124,13 @@ def test_adapters_are_taken_in_every_spelling() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("prot: 1", "unknown key 'prot'; hint: did you mean --port?"),
+        ("prot: 1", "unknown key 'prot'; hint: did you mean port?"),
         ("gpu-memory-utilization: 0.9", "hint: --pool-fraction"),
         ("port: many", "port 'many': must be an integer"),
         ("port: 70000", "port 70000: must be a port"),
         ("port: true", "must be an integer"),
         ("seed: -1", "must be an integer, 0 or more"),
+        ("sampling_defaults: {temp: 1}", "unknown field 'temp'; hint: there are temperature, top_p"),
         ("pool_bytes: 8GB", "as in 8GiB"),
         ("drain_timeout: .nan", "must be a number"),
         ("prefetch: 3", "must be true or false"),

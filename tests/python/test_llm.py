@@ -119,6 +119,16 @@ def test_text_that_is_too_long_whatever_its_tokens_are_is_refused_before_it_is_t
         llm.generate("ab " * max_context)
 
 
+def test_mistakes_of_names_and_messages_are_told_with_a_hint(llm: slora.LLM) -> None:
+    with pytest.raises(slora.UnknownAdapterError, match='no adapter is named "revers"; hint: add it first'):
+        llm.generate("abc", adapter="revers")
+    with pytest.raises(slora.RequestError, match="adapter holds one of type int: 3; hint: a name"):
+        llm.generate(["abc"], adapter=[3])  # type: ignore[list-item]
+    for messages in ("hello", None, {"role": "user", "content": "hello"}):
+        with pytest.raises(slora.RequestError, match=r"messages are of type .*; hint: a list of"):
+            llm.chat(messages)  # type: ignore[call-overload]
+
+
 def test_a_chat_takes_text_only_and_continues_what_it_is_told_to(llm: slora.LLM) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     with pytest.raises(slora.RequestError, match=r"messages\[0\] has a part that is not text"):

@@ -21,6 +21,7 @@ from device import engine_options
 from safetensors.torch import load_file, save_file
 
 import slora
+from slora.cli import main
 
 LONG: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True, "temperature": 0}
 
@@ -105,6 +106,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "max_waiting": ({"max_waiting": "many"}, "many.*integer"),
     "max_context": ({"max_context": 4096}, "4096.*1024"),
     "seed": ({"seed": -1}, "seed = -1"),
+    "adapters": ({"adapters": [ADAPTERS]}, "adapters is of type list.*hint: a mapping"),
 }
 
 
@@ -123,6 +125,16 @@ def test_a_folder_that_is_not_there_is_a_load_error(tmp_path: Path) -> None:
         slora.LLM(tmp_path)
     with pytest.raises(slora.LoadError, match="no such folder"):
         slora.LLM(BASE, adapters=tmp_path / "nothing", **engine_options())
+
+
+def test_a_folder_given_for_another_is_recognised(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(slora.LoadError, match="an adapter, not a base; hint: give the folder of its base"):
+        slora.LLM(ADAPTERS / "reverse")
+    with pytest.raises(slora.LoadError, match="is itself an adapter; hint: give the folder that it lies in"):
+        slora.LLM(BASE, adapters=ADAPTERS / "reverse", **engine_options())
+    assert main(["serve", str(BASE), "--adapter-dir", str(ADAPTERS / "reverse")]) == 1
+    assert "adapter_dir = " in (error := capsys.readouterr().err)
+    assert "is itself an adapter" in error
 
 
 def damaged(folder: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:

@@ -430,6 +430,9 @@ fn text_and_tokens_convert_both_ways() {
     assert_eq!(world.post("/detokenize", &json!({"tokens": [99_999]})).error(), (400, "invalid_value".into()));
     let mixed = world.post("/tokenize", &json!({"prompt": "hello", "continue_final_message": 7}));
     assert_eq!(mixed.error(), (400, "invalid_type".into()));
+    let nothing = world.post("/tokenize", &json!({}));
+    assert_eq!(nothing.error(), (400, "missing_required_parameter".into()));
+    assert_eq!(nothing.json()["error"]["message"], "prompt and messages are missing; hint: give one of them");
     assert!(world.get("/tokenizer_info").json()["chat_template"].is_string());
 }
 

@@ -28,7 +28,13 @@ fn folders_that_are_refused() {
         fs::create_dir(two.path().join(name)).unwrap();
         fs::write(two.path().join(name).join("adapter_config.json"), "{}").unwrap();
     }
-    expect(refusal(&two, &base), "ambiguous_folder", &["a, b", "hint"]);
+    expect(refusal(&two, &base), "ambiguous_folder", &["(a, b)", "hint"]);
+    for number in 0..8 {
+        let folder = two.path().join(number.to_string());
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("adapter_config.json"), "{}").unwrap();
+    }
+    expect(refusal(&two, &base), "ambiguous_folder", &["(0, 1, 2, 3, 4, 5, 6, 7, …)"]);
 
     let cycle = Checkpoint::empty();
     symlink(cycle.config_path(), cycle.config_path()).unwrap();

@@ -59,6 +59,7 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json`, and `generation_config.json` if there is one."""
         path = Path(path)
+        _check_folder(path)
         return cls.from_dict(_read_json(path / "config.json"), _read_json(path / "generation_config.json", {}))
 
     @classmethod
@@ -66,7 +67,7 @@ class ModelConfig:
         """From config.json's and generation_config.json's content; the latter's end tokens win, as in transformers."""
         family = raw.get("model_type")
         if family not in FAMILIES:
-            refuse("model_type", family, f"supported: {', '.join(FAMILIES)}")
+            refuse("model_type", family, f"must be one of {', '.join(FAMILIES)}")
         _refuse_variants(raw)
         hidden, heads = _positive(raw, "hidden_size"), _positive(raw, "num_attention_heads")
         kv_heads = _positive(raw, "num_key_value_heads", heads)
@@ -139,6 +140,15 @@ def refuse(key: str, value: object, why: str, file: str = "config.json") -> NoRe
     raise ConfigError(f"{file}: {key} = {json.dumps(value, default=str)} is not supported: {why}")
 
 
+def _check_folder(path: Path) -> None:
+    from slora.errors import LoadError
+
+    if not path.is_dir():
+        raise LoadError(f"model = {str(path)!r}: no such folder; hint: download the checkpoint first")
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise LoadError(f"model = {str(path)!r}: an adapter, not a base; hint: give the folder of its base model")
+
+
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     from slora.errors import LoadError
 
@@ -147,7 +157,9 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise LoadError(f"{path}: cannot be read: {error.strerror}; hint: a base is a folder as from the hub") from None
+        raise LoadError(
+            f"{path}: cannot be read: {error.strerror}; hint: a base is a folder with config.json and safetensors"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -194,7 +206,7 @@ def _rope(raw: Mapping[str, Any]) -> Rope:
         refuse(key, parameters, "one RoPE for all layers is expected")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _ROPE_KEYS:
-        refuse(f"{key}.rope_type", kind, f"supported: {', '.join(_ROPE_KEYS)}")
+        refuse(f"{key}.rope_type", kind, f"must be one of {', '.join(_ROPE_KEYS)}")
     for name, value in parameters.items():
         if value is not None and name not in _ROPE_KEYS[kind] | _ROPE_COMMON_KEYS:
             refuse(f"{key}.{name}", value, f"unknown for RoPE of kind {kind}")
@@ -267,7 +279,7 @@ def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int 
 def _dtype(raw: Mapping[str, Any]) -> str:
     value = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if value not in DTYPE_BYTES:
-        refuse("dtype", value, f"supported: {', '.join(DTYPE_BYTES)}")
+        refuse("dtype", value, f"must be one of {', '.join(DTYPE_BYTES)}")
     return str(value)
 
 

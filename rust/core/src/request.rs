@@ -65,7 +65,7 @@ pub enum SubmitError {
     #[error(transparent)]
     Account(#[from] AccountError),
     /// No such adapter.
-    #[error("no adapter is named {0:?}")]
+    #[error("no adapter is named {0:?}; hint: add it first, or give the name of one that is there")]
     UnknownAdapter(Arc<str>),
     /// The adapter could not be loaded.
     #[error("adapter {name:?} could not be loaded: {failure}")]

@@ -39,7 +39,9 @@ impl ApiError {
     }
 
     pub fn model_not_found(model: &str) -> Self {
-        let message = format!("the model {model:?} does not exist or you do not have access to it");
+        let message = format!(
+            "the model {model:?} does not exist or you do not have access to it; hint: GET /v1/models lists yours"
+        );
         Self::new(StatusCode::NOT_FOUND, "model_not_found", message).with_param("model")
     }
 

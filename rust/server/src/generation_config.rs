@@ -27,7 +27,7 @@ pub(crate) fn defaults(config: &ServerConfig) -> Result<SamplingDefaults, String
     let found = match config.generation_config.as_str() {
         "vllm" => GenerationConfig::default(),
         "auto" => read(Path::new(&config.model))?.unwrap_or_default(),
-        folder => read(Path::new(folder))?.ok_or_else(|| format!("{folder} has no {FILE_NAME}"))?,
+        folder => read(Path::new(folder))?.ok_or_else(|| format!("generation_config {folder}: has no {FILE_NAME}"))?,
     };
     let own = config.sampling_defaults.clone();
     let temperature = if found.do_sample == Some(false) { Some(0.0) } else { found.temperature };

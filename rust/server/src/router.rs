@@ -102,7 +102,11 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
     let (missing, other_method) = (app.clone(), app.clone());
     router
         .fallback(move |request: Request| {
-            let error = ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route");
+            let error = ApiError::new(
+                StatusCode::NOT_FOUND,
+                "not_found",
+                "there is no such route; hint: GET /openapi.json lists them",
+            );
             refuse(missing.clone(), request, error)
         })
         .method_not_allowed_fallback(move |request: Request| {

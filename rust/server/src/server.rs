@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::app::App;
+use crate::auth::Key;
 use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
@@ -88,8 +89,8 @@ impl Server {
         config.check().map_err(ServeError::Config)?;
         generation_config::defaults(config).map_err(ServeError::Config)?;
         roots(config)?;
-        let keys = config.api_keys_file.as_ref().map(|path| keys_file::read(path, queue)).transpose();
-        keys.map(drop).map_err(ServeError::Config)?;
+        let keys = config.api_keys_file.as_ref().map(|path| read_keys(path, queue)).transpose();
+        keys.map(drop)?;
         // Let go again: nobody is to wait in the queue of a server that is still loading.
         doors(config).map(drop)
     }
@@ -113,8 +114,7 @@ impl Server {
             watch.begin(&app);
         }
         if let Some(path) = &config.api_keys_file {
-            let keys = keys_file::read(path, app.runtime.config().queue);
-            app.auth.set_file_keys(keys.map_err(ServeError::Config)?);
+            app.auth.set_file_keys(read_keys(path, app.runtime.config().queue)?);
         }
         let ((listener, address), metrics) = doors(config)?;
         let metrics_address = metrics.as_ref().map(|(_, address)| *address);
@@ -231,13 +231,18 @@ impl Drop for Server {
     }
 }
 
+fn read_keys(path: &Path, queue: QueueOrder) -> Result<Vec<Key>, ServeError> {
+    keys_file::read(path, queue).map_err(|error| ServeError::Config(format!("api_keys_file {error}")))
+}
+
 fn roots(config: &ServerConfig) -> Result<Vec<PathBuf>, ServeError> {
-    let resolve = |path: &PathBuf| {
+    let resolve = |(setting, path): (&str, &PathBuf)| {
         let resolved = path.canonicalize().map_err(|error| error.to_string());
         let resolved = resolved.and_then(|path| if path.is_dir() { Ok(path) } else { Err("is not a folder".into()) });
-        resolved.map_err(|error| ServeError::Config(format!("adapter root {}: {error}", path.display())))
+        resolved.map_err(|error| ServeError::Config(format!("{setting} {}: {error}", path.display())))
     };
-    config.adapter_roots.iter().chain(&config.adapter_dir).map(resolve).collect()
+    let roots = config.adapter_roots.iter().map(|path| ("adapter_root", path));
+    roots.chain(config.adapter_dir.iter().map(|path| ("adapter_dir", path))).map(resolve).collect()
 }
 
 /// Clients see where adapters lie, and may send it back.

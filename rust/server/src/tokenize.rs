@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::http::StatusCode;
 use serde_json::{Map, Value, json};
 use slora_text::{ChatInput, TextModel};
 
@@ -84,6 +85,12 @@ fn read_text(call: &mut Call) -> Result<Asked, ApiError> {
     let prompt: Option<String> = fields.take("prompt")?;
     if prompt.is_some() && fields.raw("messages").is_some() {
         return Err(ApiError::invalid("messages", "messages and prompt exclude each other"));
+    }
+    if prompt.is_none() && fields.raw("messages").is_none() {
+        let message = "prompt and messages are missing; hint: give one of them";
+        return Err(
+            ApiError::new(StatusCode::BAD_REQUEST, "missing_required_parameter", message).with_param("messages")
+        );
     }
     // A text needs no template, but what is said of one must still be well said.
     let input = if prompt.is_none() { chat::take_input(app, &fields)? } else { chat::take_template(&fields)? };

@@ -110,11 +110,12 @@ impl fmt::Display for Feature {
 #[allow(missing_docs, reason = "the messages say what each field is")]
 pub enum AdapterError {
     // The folder.
-    #[error("no adapter folder at {}", path.display())]
+    #[error("no adapter folder at {}; hint: give the folder that holds adapter_config.json", path.display())]
     NotFound { path: PathBuf },
     #[error("{} is {kind}, not an adapter folder; hint: give the folder that holds adapter_config.json", path.display())]
     NotAFolder { path: PathBuf, kind: &'static str },
-    #[error("no adapter_config.json in {} nor one level down", path.display())]
+    #[error("no adapter_config.json in {} nor one level down; \
+             hint: give a folder as PEFT's save_pretrained writes it", path.display())]
     MissingConfig { path: PathBuf },
     #[error("{} holds several adapters ({}); hint: name one of these folders", path.display(), candidates.join(", "))]
     AmbiguousFolder { path: PathBuf, candidates: Vec<String> },

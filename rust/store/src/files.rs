@@ -149,9 +149,12 @@ fn only_sub_folder(path: &Path) -> Result<PathBuf, AdapterError> {
         1 => Ok(candidates.swap_remove(0)),
         _ => {
             candidates.sort();
-            candidates.truncate(MAX_CANDIDATES_SHOWN);
-            let names = candidates.iter().filter_map(|p| p.file_name());
-            let candidates = names.map(|name| name.to_string_lossy().into_owned()).collect();
+            let names = candidates.iter().take(MAX_CANDIDATES_SHOWN).filter_map(|p| p.file_name());
+            let mut names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+            if candidates.len() > MAX_CANDIDATES_SHOWN {
+                names.push("…".into());
+            }
+            let candidates = names;
             Err(AdapterError::AmbiguousFolder { path: path.to_path_buf(), candidates })
         }
     }

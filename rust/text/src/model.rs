@@ -57,7 +57,8 @@ impl TextModel {
     pub fn from_dir(dir: &Path) -> Result<Self, TextError> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|error| fault(&path, error))?;
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| fault(&path, error))?;
+        let tokenizer = Tokenizer::from_bytes(bytes)
+            .map_err(|error| fault(&path, format!("is no tokenizer: {error}; hint: was it downloaded whole?")))?;
         let config = read_object(&dir.join("tokenizer_config.json"))?;
         let special_tokens = special_tokens(&config, &read_object(&dir.join("special_tokens_map.json"))?);
         let generation = read_object(&dir.join("generation_config.json"))?;
