@@ -287,6 +287,31 @@ def test_a_stream_that_is_left_before_its_prompt_is_turned_into_ids_is_cancelled
 
 
 @pytest.mark.usefixtures("long_from_5")
+def test_adapters_change_behind_what_their_task_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        monkeypatch.setattr(llm, "_ids", partial(slowly, llm._ids))
+
+        async def read(stream: slora.async_llm.Stream) -> str:
+            return "".join([delta.text async for delta in stream])
+
+        replaced = llm.stream("window", adapter="upper", temperature=0)
+        await llm.adapters.add("upper", ADAPTERS / "reverse", replace=True)
+        removed = llm.stream("window", adapter="upper", temperature=0)
+        await llm.adapters.remove("upper")
+        assert [await read(replaced), await read(removed)] == ["WINDOW", "wodniw"]
+        with pytest.raises(slora.UnknownAdapterError, match="upper"):
+            await read(llm.stream("window", adapter="upper"))
+        unpinned = llm.stream("window", adapter="sort", temperature=0)
+        pinning = asyncio.create_task(llm.adapters.pin("sort"))
+        await asyncio.sleep(0.1)
+        assert llm.adapters["sort"].pinned, "another task's turn is its own"
+        await pinning
+        await unpinned.aclose()
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
 def test_a_prompt_is_what_it_was_when_it_was_asked_for() -> None:
     async def body(llm: slora.AsyncLLM) -> None:
         messages = [{"role": "user", "content": "hello"}]
