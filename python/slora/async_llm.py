@@ -138,8 +138,8 @@ class AsyncLLM(Client):
                 print(delta.text, end="")
 
     The engine works on threads of its own; the event loop wakes once for all requests that have something new by then.
-    Long prompts are turned into ids on threads too. What one task asks for, requests and changes of adapters, reaches the
-    engine in its order.
+    Long prompts are turned into ids on threads too. What one task asks for, requests and changes of adapters, reaches
+    the engine in its order.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -249,6 +249,7 @@ class AsyncLLM(Client):
             found = asyncio.create_task(start())
             turn: Turn = waker.loop.create_future()
             found.add_done_callback(partial(_pass_on, turn, before))
+            found.add_done_callback(_leave_to_reader)
             if caller is not None:
                 self._turns[caller] = turn
         return Stream(found, prompt.adapter, waker, sampling.get("logprobs") is not None)
@@ -298,6 +299,12 @@ async def _reached(turn: Turn | None) -> None:
     """Wait for a turn; to be cancelled here is not to cancel it."""
     if turn is not None:
         await asyncio.wait([turn])
+
+
+def _leave_to_reader(start: asyncio.Task[_core.Output]) -> None:
+    """Whoever reads a stream gets its error; where nobody does, asyncio is not to log it as never retrieved."""
+    if not start.cancelled():
+        start.exception()
 
 
 def _pass_on(turn: Turn, before: Turn | None, _: object) -> None:

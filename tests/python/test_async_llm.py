@@ -1,6 +1,7 @@
 """Streams and answers under asyncio."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -307,6 +308,30 @@ def test_adapters_change_behind_what_their_task_asked_for(monkeypatch: pytest.Mo
         assert llm.adapters["sort"].pinned, "another task's turn is its own"
         await pinning
         await unpinned.aclose()
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+@pytest.mark.parametrize("step", ["_ids", "_submit"])
+def test_an_error_before_the_engine_is_the_readers_and_nobody_elses(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+
+        def refuse(*_: Any) -> None:
+            raise slora.RequestError("refused")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(llm, step, refuse)
+            dropped, left, read = (llm.stream("window") for _ in range(3))
+            with pytest.raises(slora.RequestError, match="refused"):
+                await anext(read)
+        del dropped
+        await left.aclose()
+        gc.collect()
+        assert told == []
+        assert (await llm.generate("window", adapter="upper", temperature=0)).text == "WINDOW"
 
     run(body)
 
