@@ -8,7 +8,7 @@ use crate::app::App;
 use crate::completions::no_tokenizer;
 use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
-use crate::inference::{Admitted, Inference, admit, run};
+use crate::inference::{Admitted, Inference, admit, fit, run};
 use crate::log::unix_time_s;
 use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -57,11 +57,11 @@ pub(crate) fn messages(bounds: &Bounds) -> Value {
 pub(crate) async fn complete(call: Call) -> Answer {
     let (call, asked) = call.read(read).await?;
     let Asked { inference, admitted, input, keep } = asked;
-    let app = call.app.clone();
+    let (app, max_tokens) = (call.app.clone(), inference.sampling.max_tokens);
     let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
     let work = move || {
         let mut ids = encode(&app, &text, &input)?;
-        ids.drain(..ids.len().saturating_sub(keep));
+        fit(&app, &mut ids, keep, max_tokens)?;
         Ok(vec![Prompt { ids, echo: Echo::default() }])
     };
     let prompts = call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?;

@@ -5,7 +5,7 @@ use slora_text::TextModel;
 
 use crate::errors::{ApiError, text_error};
 use crate::fields::{Fields, Whole, type_error, values};
-use crate::inference::{Admitted, Inference, admit, check_text_len, run};
+use crate::inference::{Admitted, Inference, admit, check_text_len, fit, run};
 use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
@@ -61,14 +61,14 @@ impl Given {
 pub(crate) async fn complete(call: Call) -> Answer {
     let (call, asked) = call.read(read).await?;
     let Asked { inference, admitted, given, keep, add_special_tokens } = asked;
-    let echo = inference.echo;
+    let (app, echo, max_tokens) = (call.app.clone(), inference.echo, inference.sampling.max_tokens);
     let has_text = echo || given.iter().any(|prompt| matches!(prompt, Given::Text(_)));
     let bytes = given.iter().map(Given::bytes).sum();
     let text = call.app.runtime.text().cloned();
     let work = move || {
         let prompt = |given| {
             let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
-            ids.drain(..ids.len().saturating_sub(keep));
+            fit(&app, &mut ids, keep, max_tokens)?;
             let echo = if echo { Echo::new(text.as_ref(), &ids) } else { Ok(Echo::default()) };
             Ok(Prompt { ids, echo: echo.map_err(|error| text_error(&error))? })
         };

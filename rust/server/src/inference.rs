@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use slora_runtime::{Delta, End, Sampling};
+use slora_runtime::{Delta, End, RequestError, Sampling};
 
 use crate::admission::{Load, Reservation};
 use crate::app::{App, Target};
@@ -68,6 +68,13 @@ pub(crate) fn admit(call: &mut Call, prompt_tokens: &[usize], n: u32) -> Result<
 pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
     let Some(text) = app.runtime.text() else { return Ok(()) };
     text.check_len(bytes, app.runtime.config().max_context).map_err(|error| text_error(&error))
+}
+
+/// Cuts a prompt to its last `keep` ids. One that does not fit the context even so is refused here: not after it was made
+/// text, copied for every choice and sent to the engine.
+pub(crate) fn fit(app: &App, ids: &mut Vec<u32>, keep: usize, max_tokens: Option<u32>) -> Result<(), ApiError> {
+    ids.drain(..ids.len().saturating_sub(keep));
+    Ok(app.runtime.config().check_len(ids.len(), max_tokens.unwrap_or(1)).map_err(RequestError::from)?)
 }
 
 /// Runs a request whose prompts are ids now.
