@@ -317,6 +317,27 @@ fn a_prompt_that_is_too_long_needs_no_engine_to_be_refused() {
 }
 
 #[test]
+fn a_body_that_comes_in_chunks_counts_as_what_it_is() {
+    let world = World::configured(json!({"admin_keys": ["admin"], "api_keys": ["user"]}));
+    world.runtime.register("upper", &example("adapters/upper"), false, false).unwrap();
+    let runtime = world.runtime.clone();
+    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(2))));
+    let body = json!({"pinned": true}).to_string();
+    let stream = world.raw(&format!(
+        "PUT /v1/adapters/upper HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer admin\r\n\
+         content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        body.len()
+    ));
+    let held = || world.ask("user", "GET", "/load", None).json()["body_bytes"].as_u64().unwrap();
+    while held() != body.len() as u64 {
+        assert!(!hanging.is_finished(), "other than {} bytes were held for them", body.len());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(Response::read(stream).status, 200);
+    let _ = hanging.join();
+}
+
+#[test]
 fn a_client_that_leaves_frees_its_request_streaming_or_not_running_or_waiting() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
     let world = World::with(json!({}), engine, Duration::from_millis(5));
