@@ -102,7 +102,8 @@ impl Generation {
         record: Arc<Record>,
         start: Start,
     ) -> Result<Self, ApiError> {
-        let Start { adapter, account, prompts, n, sampling, wakes_on_token, reservation, place } = start;
+        let Start { adapter, account, prompts, n, sampling, wakes_on_token, mut reservation, place } = start;
+        reservation.begin();
         let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
         let held = Arc::new(Mutex::new(Held { reservation: Some(reservation), place }));
