@@ -106,8 +106,8 @@ class Sampling:
     ) -> Self:
         """`max_tokens`: 16; None: as many as the context holds. Raises RequestError, naming value and limit."""
 
-    def with_seed(self, offset: int) -> Sampling:
-        """The same with `seed + offset`; without a seed, itself."""
+    def for_choice(self, index: int) -> Sampling:
+        """The same with `seed + index`; without a seed, itself."""
 
 @final
 class Mailbox:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,19 @@ class Adapters(AdapterMapping):
 
 
 class AsyncAdapters(AdapterMapping):
-    """`AsyncLLM.adapters`: what reads files or waits for the engine is awaited, and holds up no other task."""
+    """`AsyncLLM.adapters`: what reads files or waits for the engine is awaited, and holds up no other task.
+
+    A change comes behind the requests that its task asked for before.
+    """
+
+    def __init__(self, engine: Engine, reach_turn: Callable[[], Awaitable[None]]) -> None:
+        """`reach_turn`: waits until those requests are submitted."""
+        super().__init__(engine)
+        self._reach_turn = reach_turn
 
     async def add(self, name: str, path: str | Path, *, replace: bool = False, pinned: bool = False) -> AdapterInfo:
         """As `Adapters.add`."""
+        await self._reach_turn()
         found = before = await asyncio.to_thread(self._register, name, path, replace, pinned)
         deadline = time.monotonic() + REPLACE_TIMEOUT_S
         while found.replacing:
@@ -124,10 +133,12 @@ class AsyncAdapters(AdapterMapping):
 
     async def remove(self, name: str) -> None:
         """As `Adapters.remove`."""
+        await self._reach_turn()
         await asyncio.to_thread(self._remove, name)
 
     async def pin(self, name: str, pinned: bool = True) -> None:
         """As `Adapters.pin`."""
+        await self._reach_turn()
         await asyncio.to_thread(self._pin, name, pinned)
 
 

@@ -138,7 +138,8 @@ class AsyncLLM(Client):
                 print(delta.text, end="")
 
     The engine works on threads of its own; the event loop wakes once for all requests that have something new by then.
-    Long prompts are turned into ids on threads too. What one task asks for is submitted in its order.
+    Long prompts are turned into ids on threads too. What one task asks for, requests and changes of adapters, reaches
+    the engine in its order.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -151,7 +152,7 @@ class AsyncLLM(Client):
     @property
     def adapters(self) -> AsyncAdapters:
         """The adapters by name, to look at, and to change with `await`."""
-        return AsyncAdapters(self._engine)
+        return AsyncAdapters(self._engine, self._reach_turn)
 
     def stream(self, prompt: PromptLike, *, adapter: str | None = None, **sampling: Any) -> Stream:
         """The answer as it is generated. Leaving the loop, or cancelling the task, cancels the request."""
@@ -248,6 +249,7 @@ class AsyncLLM(Client):
             found = asyncio.create_task(start())
             turn: Turn = waker.loop.create_future()
             found.add_done_callback(partial(_pass_on, turn, before))
+            found.add_done_callback(_leave_to_reader)
             if caller is not None:
                 self._turns[caller] = turn
         return Stream(found, prompt.adapter, waker, sampling.get("logprobs") is not None)
@@ -257,6 +259,10 @@ class AsyncLLM(Client):
         caller = asyncio.current_task()
         turn = self._turns.get(caller) if caller is not None else None
         return turn if turn is not None and not turn.done() else None
+
+    async def _reach_turn(self) -> None:
+        """Wait until all that the calling task asked for before is submitted or given up."""
+        await _reached(self._last_turn())
 
     async def _run(self, prompts: list[Prompt], n: int, sampling: Mapping[str, Any]) -> list[Result]:
         waker, ended, is_new = self._waker(), list[int](), asyncio.Event()
@@ -273,7 +279,7 @@ class AsyncLLM(Client):
 
         feed = self._feed(prompts, n, sampling, submit)
         try:
-            await _reached(self._last_turn())
+            await self._reach_turn()
             while feed.num_left:
                 while feed.fill(SUBMITS_AT_ONCE, LONG_PROMPT):
                     if feed.long_prompt is not None:
@@ -293,6 +299,12 @@ async def _reached(turn: Turn | None) -> None:
     """Wait for a turn; to be cancelled here is not to cancel it."""
     if turn is not None:
         await asyncio.wait([turn])
+
+
+def _leave_to_reader(start: asyncio.Task[_core.Output]) -> None:
+    """Whoever reads a stream gets its error; where nobody does, asyncio is not to log it as never retrieved."""
+    if not start.cancelled():
+        start.exception()
 
 
 def _pass_on(turn: Turn, before: Turn | None, _: object) -> None:

@@ -35,7 +35,7 @@ class Feed:
         first = make_sampling(sampling)
         # The prompt's log-probabilities are the same for every choice.
         others = make_sampling({**sampling, "prompt_logprobs": None})
-        self._samplings = [first, *(others.with_seed(i) for i in range(1, n))]
+        self._samplings = [first, *(others.for_choice(i) for i in range(1, n))]
         self._waiting = iter((i, choice, prompt) for i, prompt in enumerate(prompts) for choice in range(n))
         self._next = next(self._waiting, None)
         self._open: dict[int, tuple[int, int, _core.Output]] = {}

@@ -1,6 +1,7 @@
 """Streams and answers under asyncio."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -282,6 +283,55 @@ def test_a_stream_that_is_left_before_its_prompt_is_turned_into_ids_is_cancelled
         assert (await llm.generate("window", adapter="upper", temperature=0)).text == "WINDOW"
         await settle(llm)
         assert llm.stats().generated_tokens < 900
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+def test_adapters_change_behind_what_their_task_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        monkeypatch.setattr(llm, "_ids", partial(slowly, llm._ids))
+
+        async def read(stream: slora.async_llm.Stream) -> str:
+            return "".join([delta.text async for delta in stream])
+
+        replaced = llm.stream("window", adapter="upper", temperature=0)
+        await llm.adapters.add("upper", ADAPTERS / "reverse", replace=True)
+        removed = llm.stream("window", adapter="upper", temperature=0)
+        await llm.adapters.remove("upper")
+        assert [await read(replaced), await read(removed)] == ["WINDOW", "wodniw"]
+        with pytest.raises(slora.UnknownAdapterError, match="upper"):
+            await read(llm.stream("window", adapter="upper"))
+        unpinned = llm.stream("window", adapter="sort", temperature=0)
+        pinning = asyncio.create_task(llm.adapters.pin("sort"))
+        await asyncio.sleep(0.1)
+        assert llm.adapters["sort"].pinned, "another task's turn is its own"
+        await pinning
+        await unpinned.aclose()
+
+    run(body)
+
+
+@pytest.mark.usefixtures("long_from_5")
+@pytest.mark.parametrize("step", ["_ids", "_submit"])
+def test_an_error_before_the_engine_is_the_readers_and_nobody_elses(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(llm: slora.AsyncLLM) -> None:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+
+        def refuse(*_: Any) -> None:
+            raise slora.RequestError("refused")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(llm, step, refuse)
+            dropped, left, read = (llm.stream("window") for _ in range(3))
+            with pytest.raises(slora.RequestError, match="refused"):
+                await anext(read)
+        del dropped
+        await left.aclose()
+        gc.collect()
+        assert told == []
+        assert (await llm.generate("window", adapter="upper", temperature=0)).text == "WINDOW"
 
     run(body)
 

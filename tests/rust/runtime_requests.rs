@@ -1,57 +1,30 @@
 //! Requests through the runtime's threads, with an executor that samples from a script.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
-use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
+mod runtime_world;
+
+use std::ops::Deref;
+use std::path::Path;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use slora_core::{Account, AdapterState, EngineConfig, SamplingParams, SubmitError};
-use slora_runtime::{
-    Delta, End, HostMemory, Mailbox, Output, RegisterError, RequestError, Runtime, RuntimeConfig, State, Stepper,
-    Submission,
-};
-use slora_store::{BaseSpec, Dtype};
-use slora_text::TextModel;
+use slora_runtime::{Delta, End, Mailbox, Output, RegisterError, RequestError, Sampling, State, Stepper, Submission};
 
-const PAGE_BYTES: usize = 32 << 10;
-const NUM_HOST_PAGES: usize = 64;
+use runtime_world::{RuntimeWorld, copy_adapter, example};
 
-fn example(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/tiny").join(path)
-}
-
-/// The example's base; its page size does not matter to an executor that computes nothing.
-fn base() -> BaseSpec {
-    let config: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(example("base/config.json")).unwrap()).unwrap();
-    let number = |key: &str| config[key].as_u64().unwrap() as u32;
-    BaseSpec {
-        num_layers: number("num_hidden_layers"),
-        hidden: number("hidden_size"),
-        intermediate: number("intermediate_size"),
-        num_heads: number("num_attention_heads"),
-        num_kv_heads: number("num_key_value_heads"),
-        head_dim: number("head_dim"),
-        vocab_size: number("vocab_size"),
-        dtype: Dtype::F32,
-        page_bytes: PAGE_BYTES as u64,
-        tp_rank: 0,
-        tp_size: 1,
-        name: None,
-        max_adapter_pages: 64,
-        max_rank: u32::MAX,
-    }
-}
-
-/// A runtime whose step thread samples `script[position − 1]` (the last entry for ever after), step by step.
+/// A runtime, and the mailbox of its requests.
 struct World {
-    runtime: Arc<Runtime>,
-    text: Arc<TextModel>,
+    engine: RuntimeWorld,
     mailbox: Arc<Mailbox>,
-    steps: Option<JoinHandle<()>>,
-    _memory: Vec<u64>,
+}
+
+impl Deref for World {
+    type Target = RuntimeWorld;
+
+    fn deref(&self) -> &RuntimeWorld {
+        &self.engine
+    }
 }
 
 impl World {
@@ -60,35 +33,11 @@ impl World {
     }
 
     fn with(script: &str, engine: EngineConfig, step_time: Duration) -> Self {
-        Self::over_slabs(script, engine, step_time, 1, 1)
+        Self::over(RuntimeWorld::new(script, engine, step_time, 1, 1))
     }
 
-    /// A host tier of equal slabs, of which the first few are ready.
-    fn over_slabs(script: &str, engine: EngineConfig, step_time: Duration, num_slabs: usize, num_ready: usize) -> Self {
-        let text = Arc::new(TextModel::from_dir(&example("base")).unwrap());
-        let script = text.encode(script, false).unwrap();
-        let mut memory = vec![0u64; PAGE_BYTES / 8 * NUM_HOST_PAGES];
-        let size = PAGE_BYTES * NUM_HOST_PAGES / num_slabs;
-        let slabs = memory.chunks_exact_mut(size / 8).map(|slab| NonNull::new(slab.as_mut_ptr().cast::<u8>()).unwrap());
-        let slabs: Vec<_> = slabs.map(|address| (address, size)).collect();
-        // SAFETY: the memory is the world's, which joins every thread before it goes.
-        let host = unsafe { HostMemory::new(&slabs, PAGE_BYTES) }.with_ready_slabs(num_ready);
-        let base = base();
-        let engine = EngineConfig {
-            vocab_size: base.vocab_size,
-            descriptor_words: base.num_layers * 84,
-            max_context: 256,
-            eos_token_ids: text.stop_token_ids().to_vec(),
-            ..engine
-        };
-        let config = RuntimeConfig { engine, base, num_loaders: 2, seed: 0 };
-        let (runtime, stepper) = Runtime::new(config, host, Some(text.clone())).unwrap();
-        let runtime = Arc::new(runtime);
-        let steps = std::thread::spawn({
-            let runtime = runtime.clone();
-            move || run_steps(&runtime, stepper, &script, step_time)
-        });
-        Self { runtime, text, mailbox: Arc::default(), steps: Some(steps), _memory: memory }
+    fn over(engine: RuntimeWorld) -> Self {
+        Self { engine, mailbox: Arc::default() }
     }
 
     fn submission(&self, prompt: &str, max_tokens: u32) -> Submission {
@@ -96,15 +45,23 @@ impl World {
             prompt: self.text.encode(prompt, false).unwrap(),
             adapter: None,
             account: Account::default(),
-            params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            max_tokens: Some(max_tokens),
-            seed: None,
-            stops: Vec::new(),
-            include_stop: false,
-            skip_special_tokens: true,
+            sampling: Sampling {
+                params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+                max_tokens: Some(max_tokens),
+                seed: None,
+                stops: Vec::new(),
+                include_stop: false,
+                skip_special_tokens: true,
+            },
             wake: self.mailbox.clone(),
             wakes_on_token: false,
         }
+    }
+
+    fn stopping_at(&self, stops: &[&str], prompt: &str, max_tokens: u32) -> Submission {
+        let mut submission = self.submission(prompt, max_tokens);
+        submission.sampling.stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
+        submission
     }
 
     /// Everything that the request brings.
@@ -124,45 +81,6 @@ impl World {
     fn run(&self, submission: Submission) -> Delta {
         self.finish(&self.runtime.submit(submission).unwrap())
     }
-
-    fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !is_so(&self.runtime.snapshot().engine) {
-            assert!(Instant::now() < deadline, "never so: {what}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        self.runtime.begin_close();
-        if let Some(steps) = self.steps.take() {
-            let _ = steps.join();
-        }
-        self.runtime.close(None);
-    }
-}
-
-fn run_steps(runtime: &Runtime, mut stepper: Stepper, script: &[u32], step_time: Duration) {
-    let layout = stepper.engine().layout().clone();
-    let array = |name: &str| layout.arrays().iter().find(|array| array.name == name).unwrap().offset;
-    let (positions, sample_rows) = (array("positions"), array("sample_rows"));
-    let mut buffer = vec![0; layout.num_words()];
-    while runtime.is_open() {
-        let Some(counts) = stepper.schedule(&mut buffer) else {
-            runtime.wait(Duration::from_millis(50));
-            continue;
-        };
-        std::thread::sleep(step_time);
-        let token = |i: usize| {
-            let position = buffer[positions + buffer[sample_rows + i] as usize] as usize;
-            script[position.min(script.len() - 1)] as i32
-        };
-        let ids: Vec<i32> = (0..counts.num_sampled as usize).map(token).collect();
-        stepper.commit(counts.step, &ids, Default::default());
-        stepper.copies_done(counts.step);
-    }
 }
 
 fn text(delta: &Delta) -> String {
@@ -180,11 +98,13 @@ fn a_request_brings_its_tokens_as_text() {
 #[test]
 fn a_stop_string_ends_the_request_across_tokens_and_nothing_runs_on() {
     let world = World::new("abcdefghijklmnopqrstuvwxyz");
-    let stops = vec!["cde".to_owned(), "zz".to_owned()];
-    let delta = world.run(Submission { stops: stops.clone(), ..world.submission("a", 200) });
+    let stopping = || world.stopping_at(&["cde", "zz"], "a", 200);
+    let delta = world.run(stopping());
     assert_eq!((text(&delta).as_str(), delta.pieces.len()), ("ab", 5));
     assert!(matches!(delta.end, Some(End::StopString(0))));
-    let delta = world.run(Submission { stops, include_stop: true, ..world.submission("a", 200) });
+    let mut keeping = stopping();
+    keeping.sampling.include_stop = true;
+    let delta = world.run(keeping);
     assert_eq!(text(&delta), "abcde");
     world.wait_until("the engine has nothing left", |stats| stats.running + stats.waiting == 0 && stats.kv_pages == 0);
     let generated = world.runtime.snapshot().engine.generated_tokens;
@@ -194,8 +114,7 @@ fn a_stop_string_ends_the_request_across_tokens_and_nothing_runs_on() {
 #[test]
 fn a_piece_counts_the_characters_that_it_completes_shown_or_held_back() {
     let world = World::new("a<|begin|>\u{800}bc<|end|>");
-    let stops = vec!["bcx".to_owned()];
-    let output = world.runtime.submit(Submission { stops, ..world.submission("x", 10) }).unwrap();
+    let output = world.runtime.submit(world.stopping_at(&["bcx"], "x", 10)).unwrap();
     let delta = world.finish(&output);
     let found: Vec<(usize, &str)> = delta.pieces.iter().map(|piece| (piece.num_chars, piece.text.as_str())).collect();
     assert_eq!(found, [(1, "a"), (0, ""), (0, ""), (0, ""), (1, "\u{800}"), (1, ""), (1, ""), (0, "")]);
@@ -205,8 +124,7 @@ fn a_piece_counts_the_characters_that_it_completes_shown_or_held_back() {
 #[test]
 fn text_that_may_begin_a_stop_string_is_held_back_until_the_end() {
     let world = World::new("abcdefgh");
-    let stops = vec!["efgX".to_owned()];
-    let delta = world.run(Submission { stops, ..world.submission("a", 6) });
+    let delta = world.run(world.stopping_at(&["efgX"], "a", 6));
     assert_eq!(text(&delta), "abcdef");
     assert!(delta.pieces[5].text.is_empty(), "the last piece was held back");
 }
@@ -216,7 +134,7 @@ fn a_stop_token_is_a_token_but_no_text() {
     let world = World::new("abcdef");
     let stop = world.text.encode("c", false).unwrap();
     let mut submission = world.submission("a", 20);
-    submission.params.stop_token_ids = stop.clone();
+    submission.sampling.params.stop_token_ids = stop.clone();
     let delta = world.run(submission);
     assert_eq!((text(&delta).as_str(), delta.pieces.len()), ("ab", 3));
     assert!(matches!(delta.end, Some(End::StopToken(token)) if token == stop[0]));
@@ -250,12 +168,9 @@ fn dropping_the_output_cancels_the_request() {
 #[test]
 fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_it() {
     let world = World::new("abcdefgh");
-    for stops in [vec![], vec!["gh".to_owned()]] {
-        let wakes_on_token = true;
-        let output = world
-            .runtime
-            .submit(Submission { stops: stops.clone(), wakes_on_token, ..world.submission("x", 8) })
-            .unwrap();
+    for stops in [&[][..], &["gh"]] {
+        let submission = Submission { wakes_on_token: true, ..world.stopping_at(stops, "x", 8) };
+        let output = world.runtime.submit(submission).unwrap();
         world.wait_until("the engine has done its part", |stats| stats.running + stats.waiting == 0);
         let (mut text, mut num_takes, mut end) = (String::new(), 0, None);
         while end.is_none() {
@@ -295,9 +210,7 @@ fn closing_ends_running_and_waiting_requests() {
     let mut world = World::with("abc", engine, Duration::from_millis(2));
     let outputs: Vec<Output> = (0..6).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
     world.wait_until("two run", |stats| (stats.running, stats.waiting) == (2, 4));
-    world.runtime.begin_close();
-    world.steps.take().unwrap().join().unwrap();
-    world.runtime.close(None);
+    world.engine.close();
     for output in &outputs {
         assert!(matches!(world.finish(output).end, Some(End::Error(RequestError::Closed))));
     }
@@ -346,9 +259,7 @@ fn an_adapter_is_loaded_when_a_request_wants_it() {
 fn an_adapter_whose_file_changed_fails_its_requests_with_the_reason() {
     let world = World::new("abc");
     let folder = tempfile::tempdir().unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(example("adapters/reverse").join(file), folder.path().join(file)).unwrap();
-    }
+    copy_adapter("reverse", folder.path());
     world.runtime.register("changed", folder.path(), false, false).unwrap();
     let weights = folder.path().join("adapter_model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
@@ -391,8 +302,9 @@ fn of_many_requests_with_random_cancels_each_ends_once_and_nothing_is_left() {
     let outputs: Vec<Output> = (0..300)
         .map(|i| {
             let adapter = names[i % 4].map(Into::into);
-            let stops = if i % 5 == 0 { vec!["defg".to_owned()] } else { Vec::new() };
-            let submission = Submission { adapter, stops, ..world.submission("some prompt", 1 + i as u32 % 30) };
+            let stops: &[&str] = if i % 5 == 0 { &["defg"] } else { &[] };
+            let submission = world.stopping_at(stops, "some prompt", 1 + i as u32 % 30);
+            let submission = Submission { adapter, ..submission };
             world.runtime.submit(submission).unwrap()
         })
         .collect();
@@ -410,7 +322,7 @@ fn of_many_requests_with_random_cancels_each_ends_once_and_nothing_is_left() {
 
 #[test]
 fn a_load_into_a_slab_that_is_not_ready_is_answered_when_it_is() {
-    let world = World::over_slabs("abc", EngineConfig::default(), Duration::ZERO, 8, 0);
+    let world = World::over(RuntimeWorld::new("abc", EngineConfig::default(), Duration::ZERO, 8, 0));
     world.runtime.register("reverse", &example("adapters/reverse"), false, false).unwrap();
     let ask = |adapter: Option<&str>| {
         let submission = Submission { adapter: adapter.map(Into::into), ..world.submission("a", 3) };

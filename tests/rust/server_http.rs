@@ -294,6 +294,50 @@ fn a_prompt_that_is_too_long_is_told_so_in_the_words_that_tools_look_for() {
 }
 
 #[test]
+fn a_prompt_that_is_too_long_needs_no_engine_to_be_refused() {
+    let world = World::new();
+    let runtime = world.runtime.clone();
+    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(5))));
+    let ids = json!(vec![5; 1 << 20]);
+    for fields in [
+        json!({"prompt": ids, "n": 128}),
+        json!({"prompt": ids, "echo": true, "logprobs": 1}),
+        json!({"prompt": ids, "truncate_prompt_tokens": 1 << 19}),
+        json!({"prompt": "x ".repeat(MAX_CONTEXT as usize), "stream": true}),
+        json!({"prompt": vec![5; MAX_CONTEXT as usize - 3]}),
+    ] {
+        let refused = world.post("/v1/completions", &with(completion(4), fields)).error();
+        assert_eq!(refused, (400, "context_length_exceeded".into()));
+    }
+    let messages = json!([{"role": "user", "content": "x ".repeat(MAX_CONTEXT as usize)}]);
+    let refused = world.post("/v1/chat/completions", &json!({"model": "base", "messages": messages})).error();
+    assert_eq!(refused, (400, "context_length_exceeded".into()));
+    assert!(!hanging.is_finished(), "the engine was asked");
+    let _ = hanging.join();
+}
+
+#[test]
+fn a_body_that_comes_in_chunks_counts_as_what_it_is() {
+    let world = World::configured(json!({"admin_keys": ["admin"], "api_keys": ["user"]}));
+    world.runtime.register("upper", &example("adapters/upper"), false, false).unwrap();
+    let runtime = world.runtime.clone();
+    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(2))));
+    let body = json!({"pinned": true}).to_string();
+    let stream = world.raw(&format!(
+        "PUT /v1/adapters/upper HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer admin\r\n\
+         content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+        body.len()
+    ));
+    let held = || world.ask("user", "GET", "/load", None).json()["body_bytes"].as_u64().unwrap();
+    while held() != body.len() as u64 {
+        assert!(!hanging.is_finished(), "other than {} bytes were held for them", body.len());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(Response::read(stream).status, 200);
+    let _ = hanging.join();
+}
+
+#[test]
 fn a_client_that_leaves_frees_its_request_streaming_or_not_running_or_waiting() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
     let world = World::with(json!({}), engine, Duration::from_millis(5));

@@ -15,13 +15,13 @@ use server_world::{Response, World, adapter_root, completion, copy_adapter, exam
 /// A parsed exposition: every series has its family's header before it, and families come once.
 struct Exposition {
     families: BTreeMap<String, String>,
-    /// Name, labels and value of each series.
+    /// Name, labels and value of each series, which come once too.
     series: Vec<(String, BTreeMap<String, String>, f64)>,
 }
 
 impl Exposition {
     fn parse(body: &str) -> Self {
-        let mut found = Self { families: BTreeMap::new(), series: Vec::new() };
+        let (mut found, mut seen) = (Self { families: BTreeMap::new(), series: Vec::new() }, BTreeSet::new());
         for line in body.lines() {
             if let Some(rest) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = rest.split_once(' ').unwrap();
@@ -35,6 +35,7 @@ impl Exposition {
                     .find_map(|end| name.strip_suffix(end).filter(|family| found.families.contains_key(*family)));
                 assert!(found.families.contains_key(family.unwrap_or(name)), "{line} belongs to no family");
                 let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
+                assert!(seen.insert(series), "{series} is there twice");
                 found.series.push((name.into(), labels_of(labels), value));
             }
         }
@@ -93,6 +94,23 @@ fn busy_world() -> (World, tempfile::TempDir) {
     world.server.begin_drain();
     assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&body)).status, 503);
     (world, root)
+}
+
+#[test]
+fn an_adapter_called_other_is_one_of_the_others() {
+    let (root, config) = adapter_root();
+    let world = World::configured(config);
+    let put = json!({"path": root.path().join("upper")});
+    assert_eq!(world.ask("admin", "PUT", "/v1/adapters/other", Some(&put)).status, 200);
+    let ask = |fields: Value| with(completion(4), with(json!({"model": "other"}), fields)).to_string();
+    let bearer = [("authorization", "Bearer user")];
+    assert_eq!(world.send("POST", "/v1/completions", &bearer, Some(&ask(json!({})))).status, 200);
+    world.set_step_time(Duration::from_secs(1));
+    let _running = world.open("POST", "/v1/completions", &bearer, Some(&ask(json!({"stream": true}))));
+    world.wait_until("it runs", |stats| stats.running == 1);
+    let (found, other) = (Exposition::of(&world), Some(("adapter", "other")));
+    assert_eq!(found.value("slora:adapter_requests_total", other), 1.0);
+    assert_eq!(found.value("slora:adapter_requests_running", other), 1.0);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What the engine is told once, when it is made.
 
+use crate::request::SubmitError;
+
 /// In which order waiting requests of one priority are admitted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QueueOrder {
@@ -116,6 +118,15 @@ pub enum ConfigError {
 }
 
 impl EngineConfig {
+    /// Refuses a request whose prompt and output do not fit the context: whoever has its prompt can do so without the engine.
+    pub fn check_len(&self, prompt_len: usize, max_tokens: u32) -> Result<(), SubmitError> {
+        let (max_context, needed) = (self.max_context, prompt_len as u64 + u64::from(max_tokens));
+        if needed <= u64::from(max_context) {
+            return Ok(());
+        }
+        Err(SubmitError::TooLong { max_context, needed, prompt_len, max_tokens })
+    }
+
     /// Refuses what cannot work and lowers limits that nothing could reach: `max_context` to what the pool holds,
     /// `max_running` and `max_adapters` to what one step can carry.
     pub fn checked(mut self) -> Result<Self, ConfigError> {

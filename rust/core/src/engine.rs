@@ -196,12 +196,8 @@ impl Engine {
         if self.by_id.contains_key(&id) {
             return Err(SubmitError::Duplicate(id.0));
         }
-        let (max_context, vocab_size) = (self.config.max_context, self.config.vocab_size);
-        let needed = prompt.len() as u64 + u64::from(params.max_tokens);
-        if needed > u64::from(max_context) {
-            let (prompt_len, max_tokens) = (prompt.len(), params.max_tokens);
-            return Err(SubmitError::TooLong { max_context, needed, prompt_len, max_tokens });
-        }
+        self.config.check_len(prompt.len(), params.max_tokens)?;
+        let vocab_size = self.config.vocab_size;
         if let Some(&token) = prompt.iter().find(|token| **token >= vocab_size) {
             return Err(SubmitError::Token { token, vocab_size });
         }

@@ -227,6 +227,7 @@ impl Core {
         wake_on_token: bool,
     ) -> PyResult<Output> {
         self.check_process()?;
+        let Sampling(sampling) = sampling;
         let prompt: Vec<u32> = prompt.extract().map_err(|error| {
             bad_request(format!("the prompt must be a list of token ids from 0 to {}: {error}", u32::MAX))
         })?;
@@ -234,12 +235,7 @@ impl Core {
             prompt,
             adapter: adapter.map(Into::into),
             account: Account::default(),
-            params: sampling.params.clone(),
-            max_tokens: sampling.max_tokens,
-            seed: sampling.seed,
-            stops: sampling.stops.clone(),
-            include_stop: sampling.include_stop,
-            skip_special_tokens: sampling.skip_special_tokens,
+            sampling: sampling.clone(),
             wake: mailbox.mailbox.clone(),
             wakes_on_token: wake_on_token,
         };

@@ -9,15 +9,7 @@ use crate::errors::bad_request;
 
 /// How tokens are chosen, and when a request ends.
 #[pyclass(frozen, module = "slora._core")]
-#[derive(Clone)]
-pub(crate) struct Sampling {
-    pub params: SamplingParams,
-    pub max_tokens: Option<u32>,
-    pub seed: Option<u64>,
-    pub stops: Vec<String>,
-    pub include_stop: bool,
-    pub skip_special_tokens: bool,
-}
+pub(crate) struct Sampling(pub slora_runtime::Sampling);
 
 #[derive(FromPyObject)]
 enum Stops {
@@ -66,30 +58,28 @@ impl Sampling {
             logit_bias: (logit_bias.unwrap_or_default().into_iter())
                 .map(|(token, bias)| Ok((natural("a token of logit_bias", token)?, bias as f32)))
                 .collect::<PyResult<_>>()?,
-            seed: 0,
-            max_tokens: max_tokens.unwrap_or(u32::MAX),
             min_tokens: natural("min_tokens", min_tokens)?,
             ignore_eos,
             stop_token_ids: (stop_token_ids.into_iter())
                 .map(|token| natural("a token of stop_token_ids", token))
                 .collect::<PyResult<_>>()?,
-            has_stop_strings: false,
             logprobs: logprobs.map(|value| natural("logprobs", value)).transpose()?,
             prompt_logprobs: prompt_logprobs.map(|value| natural("prompt_logprobs", value)).transpose()?,
+            ..SamplingParams::default()
         };
-        params.check(u32::MAX).map_err(bad_request)?;
         let stops = match stop {
             None => Vec::new(),
             Some(Stops::One(stop)) => vec![stop],
             Some(Stops::Several(stops)) => stops,
         };
-        slora_text::StopStrings::new(stops.clone(), include_stop).map_err(bad_request)?;
         let seed = seed.map(|seed| seed as u64);
-        Ok(Self { params, max_tokens, seed, stops, include_stop, skip_special_tokens })
+        let sampling = slora_runtime::Sampling { params, max_tokens, seed, stops, include_stop, skip_special_tokens };
+        sampling.check(u32::MAX).map_err(bad_request)?;
+        Ok(Self(sampling))
     }
 
-    fn with_seed(&self, offset: u64) -> Self {
-        Self { seed: self.seed.map(|seed| seed.wrapping_add(offset)), ..self.clone() }
+    fn for_choice(&self, index: u64) -> Self {
+        Self(self.0.for_choice(index))
     }
 }
 

@@ -1,8 +1,8 @@
 //! Loader threads: adapter files → host pages.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -35,11 +35,17 @@ struct Jobs {
     /// Those of them that are packed, into slabs that are not ready.
     packed: Vec<Arc<Job>>,
     num_ready_slabs: usize,
-    /// Loaded adapters whose files are yet to be hashed: a load never waits for that.
-    unhashed: VecDeque<Arc<Adapter>>,
+    /// Loaded adapters whose files are yet to be hashed, if they are not gone by then: a load never waits for that.
+    unhashed: BTreeMap<AdapterId, Weak<Adapter>>,
     /// One thread does; the others are there for loads.
     is_hashing: bool,
     is_closed: bool,
+}
+
+/// Once for an adapter, however often it is loaded before loads leave the time for it.
+fn hash_later<A>(unhashed: &mut BTreeMap<AdapterId, Weak<A>>, id: AdapterId, adapter: &Arc<A>) {
+    unhashed.retain(|_, adapter| adapter.strong_count() > 0);
+    unhashed.insert(id, Arc::downgrade(adapter));
 }
 
 enum Work {
@@ -206,8 +212,9 @@ impl Shared {
                 return Some(Work::Pack(job, part));
             }
             if !jobs.is_hashing
-                && let Some(adapter) = jobs.unhashed.pop_front()
+                && let Some((_, adapter)) = jobs.unhashed.pop_first()
             {
+                let Some(adapter) = adapter.upgrade() else { continue };
                 jobs.is_hashing = true;
                 return Some(Work::Hash(adapter));
             }
@@ -223,11 +230,31 @@ impl Shared {
         let mut jobs = self.lock();
         jobs.unanswered.retain(|other| other.id != job.id);
         if result.is_ok() && job.adapter.sha256().is_none() {
-            jobs.unhashed.push_back(job.adapter.clone());
+            hash_later(&mut jobs.unhashed, job.id, &job.adapter);
         }
         drop(jobs);
         self.condvar.notify_one();
         // A closed inbox: nobody waits for the adapter any more.
         let _ = self.inbox.push(Command::Loaded(job.id, result, job.started.elapsed()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_files_wait_to_be_hashed_than_there_are_adapters() {
+        let (mut unhashed, adapters) = (BTreeMap::new(), [Arc::new(()), Arc::new(())]);
+        for _ in 0..100 {
+            for (index, adapter) in (0..).zip(&adapters) {
+                hash_later(&mut unhashed, AdapterId { index, generation: 1 }, adapter);
+            }
+        }
+        assert_eq!(unhashed.len(), 2);
+        for generation in 2..100 {
+            hash_later(&mut unhashed, AdapterId { index: 0, generation }, &Arc::new(()));
+        }
+        assert!(unhashed.len() <= 3, "{} of adapters that are gone", unhashed.len());
     }
 }

@@ -175,9 +175,10 @@ impl Runtime {
     /// Stop strings that cannot be looked for, too many requests on their way, a stopped engine.
     pub fn submit(&self, submission: Submission) -> Result<Output, RequestError> {
         let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let text = submission.text_state(self.text.as_ref())?;
-        let params = submission.params(id, self.config.max_context, self.seed);
-        let Submission { prompt, adapter, account, wake, wakes_on_token, .. } = submission;
+        let Submission { prompt, adapter, account, sampling, wake, wakes_on_token } = submission;
+        let text = sampling.text_state(self.text.as_ref())?;
+        let room = self.config.max_context.saturating_sub(prompt.len() as u32);
+        let params = sampling.into_params(id, room, self.seed);
         let spec = ChannelSpec {
             id,
             adapter: adapter.clone(),

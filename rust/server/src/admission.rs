@@ -65,6 +65,8 @@ pub(crate) struct Reservation {
     admission: Arc<Admission>,
     tenant: Tenant,
     load: Load,
+    /// Its end tells how fast places come free.
+    has_begun: bool,
 }
 
 /// One of the limits, as a request finds it.
@@ -126,7 +128,7 @@ impl Admission {
     /// Lets `load` in, or refuses all of it.
     pub fn reserve(self: &Arc<Self>, tenant: Tenant, load: Load) -> Result<Reservation, ApiError> {
         self.add(&tenant, load, Load::default())?;
-        Ok(Reservation { admission: self.clone(), tenant, load })
+        Ok(Reservation { admission: self.clone(), tenant, load, has_begun: false })
     }
 
     /// `has`: what the request holds already.
@@ -223,6 +225,11 @@ impl Reservation {
         Ok(())
     }
 
+    /// It has what it needs to be worked on: it is not refused any more.
+    pub fn begin(&mut self) {
+        self.has_begun = true;
+    }
+
     /// Tokens and bytes are known better, or needed no longer. They only become fewer.
     pub fn correct(&mut self, tokens: u64, bytes: u64) {
         let load = Load { tokens: tokens.min(self.load.tokens), bytes: bytes.min(self.load.bytes), ..self.load };
@@ -235,12 +242,16 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.admission.lock();
         state.give_back(&self.tenant, self.load);
-        state.count_ended(self.load.requests);
+        if self.has_begun {
+            state.count_ended(self.load.requests);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
 
@@ -297,6 +308,25 @@ mod tests {
         }
         let held = floods.each_ref().map(Vec::len);
         assert!(held.iter().all(|held| (395..=405).contains(held)), "{held:?}");
+    }
+
+    #[test]
+    fn what_was_refused_after_all_says_nothing_of_when_a_place_comes_free() {
+        let admission = bounded(1_000, 0);
+        let begun = |count: usize| {
+            let mut asked: Vec<_> =
+                (0..count).map(|_| admission.reserve(tenant("anybody", None), load(1, 1, 1)).unwrap()).collect();
+            asked.iter_mut().for_each(Reservation::begin);
+            asked
+        };
+        let (_queued, done) = (begun(900), begun(1));
+        for _ in 0..10_000 {
+            drop(admission.reserve(tenant("anybody", None), load(1, 1, 1)).unwrap());
+        }
+        admission.lock().since -= Duration::from_secs(10);
+        drop(done);
+        let wait_s = admission.lock().wait_s();
+        assert!((900..1_000).contains(&wait_s), "{wait_s}, for a tenth of them with one in ten seconds");
     }
 
     #[test]

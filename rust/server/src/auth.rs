@@ -1,6 +1,6 @@
 //! Who calls, and what they may do.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -116,9 +116,10 @@ impl Auth {
     /// The keys of the file, as it is now.
     pub fn set_file_keys(&self, keys: Vec<Key>) {
         let mut current = self.from_file.write().unwrap_or_else(PoisonError::into_inner);
+        let used: HashMap<KeyHash, &Arc<Usage>> = current.keys.iter().map(|key| (key.hash, &key.usage)).collect();
         let carried = keys.into_iter().map(|mut key| {
-            if let Some(old) = current.keys.iter().find(|old| old.hash == key.hash) {
-                key.usage = old.usage.clone();
+            if let Some(usage) = used.get(&key.hash) {
+                key.usage = Arc::clone(usage);
             }
             Arc::new(key)
         });
@@ -237,6 +238,8 @@ pub(crate) fn matches_glob(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
@@ -299,6 +302,34 @@ mod tests {
         auth.set_file_keys(vec![key("c", "other", 0.5)]);
         assert_eq!(["flag-0", "c"].map(|name| share(&auth, name)), [1.0, 0.5].map(Some));
         assert_eq!(share(&Auth::new(&config(2)), "flag-1"), Some(1.0));
+    }
+
+    #[test]
+    fn what_keys_have_used_outlives_a_new_reading_of_however_many() {
+        let auth = Auth::new(&ServerConfig { api_keys_file: Some("keys.json".into()), ..ServerConfig::default() });
+        let read = || {
+            let key = |index: u32| Key {
+                hash: hash(&index.to_string()),
+                tenant: "all".into(),
+                account: Account::default(),
+                adapters: None,
+                quota: Quota { concurrency: Some(1), ..Quota::default() },
+                usage: Arc::default(),
+            };
+            (0..60_000).map(key).collect()
+        };
+        auth.set_file_keys(read());
+        let headers = headers(&[("authorization", "Bearer 59999")]);
+        let key = || auth.admit(Level::User, &headers, "10.0.0.1".parse().unwrap()).unwrap().key.unwrap();
+        let enter = || key().usage.enter(&key().quota, 1, Instant::now());
+        let place = enter().unwrap();
+        let (keys, begun) = (read(), Instant::now());
+        auth.set_file_keys(keys);
+        let took = begun.elapsed();
+        assert!(enter().is_err());
+        drop(place);
+        assert!(enter().is_ok());
+        assert!(took < Duration::from_secs(1), "nobody was let in for {took:?}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::app::App;
 use crate::completions::no_tokenizer;
 use crate::errors::{ApiError, text_error};
 use crate::fields::Fields;
-use crate::inference::{Admitted, Inference, admit, run};
+use crate::inference::{Admitted, Inference, admit, fit, run};
 use crate::log::unix_time_s;
 use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
@@ -56,13 +56,12 @@ pub(crate) fn messages(bounds: &Bounds) -> Value {
 /// The route.
 pub(crate) async fn complete(call: Call) -> Answer {
     let (call, asked) = call.read(read).await?;
-    let Asked { inference, admitted, input } = asked;
-    let app = call.app.clone();
+    let Asked { inference, admitted, input, keep } = asked;
+    let (app, max_tokens) = (call.app.clone(), inference.sampling.max_tokens);
     let Some(text) = app.runtime.text().cloned() else { return Err(no_tokenizer()) };
-    let cut = inference.sampling.clone();
     let work = move || {
         let mut ids = encode(&app, &text, &input)?;
-        cut.truncate(&mut ids, app.runtime.config().max_context);
+        fit(&app, &mut ids, keep, max_tokens)?;
         Ok(vec![Prompt { ids, echo: Echo::default() }])
     };
     let prompts = call.app.text_pool.run(&call.caller.tenant.name, call.body.len(), work).await?;
@@ -74,6 +73,8 @@ struct Asked {
     inference: Inference,
     admitted: Admitted,
     input: ChatInput,
+    /// So many of the prompt's last tokens.
+    keep: usize,
 }
 
 fn read(call: &mut Call) -> Result<Asked, ApiError> {
@@ -85,16 +86,20 @@ fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let input = take_input(&app, &fields)?;
     let logprobs = take_logprobs(&fields)?;
     let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
-    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults, &app.config.limits)?;
-    app.note_unknown(&fields)?;
+    let n = sampling::take_n(&fields, &app.config.limits)?;
+    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults)?;
     sampling.max_tokens = sampling.max_tokens.or(app.config.sampling_defaults.max_tokens);
+    let config = app.runtime.config();
+    let keep = sampling::take_truncation(&fields, &sampling, config.max_context)?;
+    app.note_unknown(&fields)?;
     sampling.params.logprobs = logprobs;
     let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
-    sampling.check(app.runtime.config().vocab_size)?;
-    let admitted = admit(call, &[body.len()], sampling.n)?;
+    sampling.check(config.vocab_size)?;
+    let admitted = admit(call, &[body.len()], n)?;
     let (shape, echo) = (Shape::Chat, false);
-    let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
-    Ok(Asked { inference, admitted, input })
+    let inference =
+        Inference { shape, target, n, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
+    Ok(Asked { inference, admitted, input, keep })
 }
 
 /// Messages → ids.

@@ -5,7 +5,7 @@ use slora_text::TextModel;
 
 use crate::errors::{ApiError, text_error};
 use crate::fields::{Fields, Whole, type_error, values};
-use crate::inference::{Admitted, Inference, admit, check_text_len, run};
+use crate::inference::{Admitted, Inference, admit, check_text_len, fit, run};
 use crate::reply::{Echo, Prompt, Shape};
 use crate::router::{Answer, Call};
 use crate::sampling::{self, take_streaming};
@@ -60,16 +60,15 @@ impl Given {
 /// The route.
 pub(crate) async fn complete(call: Call) -> Answer {
     let (call, asked) = call.read(read).await?;
-    let Asked { inference, admitted, given, add_special_tokens } = asked;
-    let echo = inference.echo;
+    let Asked { inference, admitted, given, keep, add_special_tokens } = asked;
+    let (app, echo, max_tokens) = (call.app.clone(), inference.echo, inference.sampling.max_tokens);
     let has_text = echo || given.iter().any(|prompt| matches!(prompt, Given::Text(_)));
     let bytes = given.iter().map(Given::bytes).sum();
     let text = call.app.runtime.text().cloned();
-    let (cut, max_context) = (inference.sampling.clone(), call.app.runtime.config().max_context);
     let work = move || {
         let prompt = |given| {
             let mut ids = ids(text.as_deref(), given, add_special_tokens)?;
-            cut.truncate(&mut ids, max_context);
+            fit(&app, &mut ids, keep, max_tokens)?;
             let echo = if echo { Echo::new(text.as_ref(), &ids) } else { Ok(Echo::default()) };
             Ok(Prompt { ids, echo: echo.map_err(|error| text_error(&error))? })
         };
@@ -85,6 +84,8 @@ struct Asked {
     inference: Inference,
     admitted: Admitted,
     given: Vec<Given>,
+    /// So many of each prompt's last tokens.
+    keep: usize,
     add_special_tokens: bool,
 }
 
@@ -99,23 +100,26 @@ fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let logprobs: Option<u32> = fields.take_whole("logprobs")?;
     let add_special_tokens = fields.take("add_special_tokens")?.unwrap_or(true);
     let return_token_ids = fields.take("return_token_ids")?.unwrap_or(false);
-    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults, &app.config.limits)?;
-    app.note_unknown(&fields)?;
+    let n = sampling::take_n(&fields, &app.config.limits)?;
+    let mut sampling = sampling::take(&fields, &app.config.sampling_defaults)?;
     sampling.max_tokens.get_or_insert(app.config.sampling_defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
+    let config = app.runtime.config();
+    let keep = sampling::take_truncation(&fields, &sampling, config.max_context)?;
+    app.note_unknown(&fields)?;
     sampling.params.logprobs = logprobs;
     let prompt_logprobs = sampling.params.prompt_logprobs.is_some();
     if echo && logprobs.is_some() {
         sampling.params.prompt_logprobs = sampling.params.prompt_logprobs.max(logprobs);
     }
-    let config = app.runtime.config();
     sampling.check(config.vocab_size)?;
     given.iter().try_for_each(|prompt| prompt.check_ids(config.vocab_size))?;
     given.iter().try_for_each(|prompt| check_text_len(&app, prompt.bytes()))?;
     let bounds: Vec<usize> = given.iter().map(Given::max_tokens).collect();
-    let admitted = admit(call, &bounds, sampling.n)?;
+    let admitted = admit(call, &bounds, n)?;
     let shape = Shape::Completion;
-    let inference = Inference { shape, target, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
-    Ok(Asked { inference, admitted, given, add_special_tokens })
+    let inference =
+        Inference { shape, target, n, sampling, streaming, echo, logprobs, prompt_logprobs, return_token_ids };
+    Ok(Asked { inference, admitted, given, keep, add_special_tokens })
 }
 
 /// A string, a list of strings, ids, or a list of lists of ids.

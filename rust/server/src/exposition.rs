@@ -11,7 +11,7 @@ use crate::adapters::state_name;
 use crate::app::App;
 use crate::histogram::{header, label, write_histogram};
 use crate::log::unix_time_s;
-use crate::metrics::TOP_ADAPTERS;
+use crate::metrics::{OTHER, TOP_ADAPTERS};
 use crate::process;
 use crate::router::{Answer, Call, typed_response};
 
@@ -116,16 +116,17 @@ fn write_adapters(out: &mut String, prefix: &str, adapters: &[AdapterDetails], m
 
 /// Running and waiting choices of the adapters that have most of them.
 fn write_busiest(out: &mut String, adapters: &[AdapterDetails]) {
-    let mut busy: Vec<&AdapterDetails> = adapters.iter().filter(|adapter| adapter.info.unfinished > 0).collect();
-    busy.sort_by_key(|adapter| Reverse(adapter.info.unfinished));
-    let (top, rest) = busy.split_at(busy.len().min(TOP_ADAPTERS));
+    let busy = adapters.iter().filter(|adapter| adapter.info.unfinished > 0);
+    let (mut rest, mut top): (Vec<_>, Vec<_>) = busy.partition(|adapter| &*adapter.info.name == OTHER);
+    top.sort_by_key(|adapter| Reverse(adapter.info.unfinished));
+    rest.extend(top.drain(top.len().min(TOP_ADAPTERS)..));
     let mut write = |name: &str, help: &str, value: fn(&AdapterDetails) -> u32| {
         header(out, name, "gauge", help);
-        for adapter in top {
+        for adapter in &top {
             let _ = writeln!(out, "{name}{{adapter=\"{}\"}} {}", adapter.info.name, value(adapter));
         }
         let other: u32 = rest.iter().map(|adapter| value(adapter)).sum();
-        let _ = writeln!(out, "{name}{{adapter=\"other\"}} {other}");
+        let _ = writeln!(out, "{name}{{adapter=\"{OTHER}\"}} {other}");
     };
     write("slora:adapter_requests_running", "Running choices of the busiest adapters.", |a| a.info.pins);
     write("slora:adapter_requests_waiting", "Their waiting choices.", |a| a.info.unfinished - a.info.pins);

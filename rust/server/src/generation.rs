@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use slora_core::{Account, RequestId};
-use slora_runtime::{Delta, End, Output, Runtime, Submission, Wake};
+use slora_runtime::{Delta, End, Output, Runtime, Sampling, Submission, Wake};
 
 use crate::admission::Reservation;
 use crate::errors::ApiError;
 use crate::metrics::{Finished, Metrics, Phases};
 use crate::quota::Place;
 use crate::record::Record;
-use crate::sampling::Sampling;
 
 /// Tokens of a choice that are made text at once: more of them wait as ids until these have been written.
 const MAX_TAKEN: usize = 64;
@@ -86,8 +85,9 @@ pub(crate) struct Generation {
 pub(crate) struct Start {
     pub adapter: Option<Arc<str>>,
     pub account: Account,
-    /// Ids of each prompt; each becomes `sampling.n` choices.
+    /// Ids of each prompt; each becomes `n` choices.
     pub prompts: Vec<Vec<u32>>,
+    pub n: u32,
     pub sampling: Sampling,
     pub wakes_on_token: bool,
     pub reservation: Reservation,
@@ -102,25 +102,21 @@ impl Generation {
         record: Arc<Record>,
         start: Start,
     ) -> Result<Self, ApiError> {
-        let Start { adapter, account, prompts, sampling, wakes_on_token, reservation, place } = start;
+        let Start { adapter, account, prompts, n, sampling, wakes_on_token, mut reservation, place } = start;
+        reservation.begin();
         let submitted = Instant::now();
         let bell = Arc::new(Bell::default());
         let held = Arc::new(Mutex::new(Held { reservation: Some(reservation), place }));
-        let mut choices = Vec::with_capacity(prompts.len() * sampling.n as usize);
+        let mut choices = Vec::with_capacity(prompts.len() * n as usize);
         for prompt in prompts {
-            for copy in 0..sampling.n {
+            for choice in 0..n {
                 let index = choices.len() as u32;
                 let wake = Arc::new(Ringer { bell: bell.clone(), index, _held: held.clone() });
                 let output = runtime.submit(Submission {
                     prompt: prompt.clone(),
                     adapter: adapter.clone(),
                     account: account.clone(),
-                    params: sampling.params.clone(),
-                    max_tokens: sampling.max_tokens,
-                    seed: sampling.seed.map(|seed| seed.wrapping_add(u64::from(copy))),
-                    stops: sampling.stops.clone(),
-                    include_stop: sampling.include_stop,
-                    skip_special_tokens: sampling.skip_special_tokens,
+                    sampling: sampling.for_choice(u64::from(choice)),
                     wake,
                     wakes_on_token,
                 })?;

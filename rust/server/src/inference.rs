@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use slora_runtime::{Delta, End};
+use slora_runtime::{Delta, End, RequestError, Sampling};
 
 use crate::admission::{Load, Reservation};
 use crate::app::{App, Target};
@@ -15,13 +15,14 @@ use crate::quota::Place;
 use crate::record::Record;
 use crate::reply::{Collected, Prompt, Reply, Shape};
 use crate::router::{Answer, Call, json_response, new_id};
-use crate::sampling::{Sampling, Streaming};
+use crate::sampling::Streaming;
 use crate::sse::{EventStream, Outlet};
 
 /// A request whose fields were understood.
 pub(crate) struct Inference {
     pub shape: Shape,
     pub target: Target,
+    pub n: u32,
     pub sampling: Sampling,
     pub streaming: Streaming,
     pub echo: bool,
@@ -69,15 +70,22 @@ pub(crate) fn check_text_len(app: &App, bytes: usize) -> Result<(), ApiError> {
     text.check_len(bytes, app.runtime.config().max_context).map_err(|error| text_error(&error))
 }
 
+/// Cuts a prompt to its last `keep` ids. One that does not fit the context even so is refused here: not after it was made
+/// text, copied for every choice and sent to the engine.
+pub(crate) fn fit(app: &App, ids: &mut Vec<u32>, keep: usize, max_tokens: Option<u32>) -> Result<(), ApiError> {
+    ids.drain(..ids.len().saturating_sub(keep));
+    Ok(app.runtime.config().check_len(ids.len(), max_tokens.unwrap_or(1)).map_err(RequestError::from)?)
+}
+
 /// Runs a request whose prompts are ids now.
 pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, prompts: Vec<Prompt>) -> Answer {
     let Call { app, caller, record, unsent, .. } = call;
     let Admitted { mut reservation, place } = admitted;
-    let Inference { shape, target, sampling, streaming, .. } = inference;
+    let Inference { shape, target, n, sampling, streaming, .. } = inference;
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
     let tokens: usize = ids.iter().map(Vec::len).sum();
-    reservation.correct(tokens as u64 * u64::from(sampling.n), 0);
-    app.metrics.observe_request(sampling.n, sampling.max_tokens);
+    reservation.correct(tokens as u64 * u64::from(n), 0);
+    app.metrics.observe_request(n, sampling.max_tokens);
     let prefix = if shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
     let reply = Reply {
         shape,
@@ -86,7 +94,7 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
         model: target.model,
         text: app.runtime.text().cloned(),
         prompts,
-        n: sampling.n as usize,
+        n: n as usize,
         echo: inference.echo,
         logprobs: inference.logprobs,
         prompt_logprobs: inference.prompt_logprobs,
@@ -97,7 +105,7 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
     let stops = sampling.stops.clone();
     let wakes_on_token = streaming.is_on;
     let (adapter, account) = (target.adapter, caller.account());
-    let start = Start { adapter, account, prompts: ids, sampling, wakes_on_token, reservation, place };
+    let start = Start { adapter, account, prompts: ids, n, sampling, wakes_on_token, reservation, place };
     let generation = Generation::start(&app.runtime, app.metrics.clone(), record.clone(), start)?;
     if streaming.is_on {
         stream(&app, record, unsent, generation, reply, stops).await

@@ -10,6 +10,8 @@ use crate::histogram::{Histogram, SECONDS, SMALL, TOKENS, header, label};
 
 /// Adapters with series of their own; the others are summed up as `other`.
 pub(crate) const TOP_ADAPTERS: usize = 64;
+/// What stands for all others; an adapter of that name is one of them.
+pub(crate) const OTHER: &str = "other";
 /// Adapters that are counted one by one.
 const MAX_COUNTED_ADAPTERS: usize = 16_384;
 
@@ -143,7 +145,7 @@ impl Metrics {
     pub fn count_load_failure(&self, reason: &str) {
         let mut labelled = self.labelled();
         let is_known = labelled.load_failures.contains_key(reason) || labelled.load_failures.len() < MAX_REASONS;
-        let reason = if is_known { reason } else { "other" };
+        let reason = if is_known { reason } else { OTHER };
         *labelled.load_failures.entry(reason.to_owned()).or_default() += 1;
     }
 
@@ -202,7 +204,8 @@ impl Metrics {
             first_token_us: first_token.map_or(0, |first| first.as_micros() as u64),
         };
         let Some(adapter) = adapter else { return };
-        if labelled.adapters.len() < MAX_COUNTED_ADAPTERS || labelled.adapters.contains_key(&adapter) {
+        let has_room = labelled.adapters.len() < MAX_COUNTED_ADAPTERS || labelled.adapters.contains_key(&adapter);
+        if has_room && &*adapter != OTHER {
             labelled.adapters.entry(adapter).or_default().add(traffic);
         } else {
             labelled.other_adapters.add(traffic);
@@ -308,11 +311,11 @@ impl Labelled {
             for (adapter, traffic) in &ranked {
                 let _ = writeln!(out, "{name}{{adapter=\"{}\"}} {}", label(adapter), value(traffic));
             }
-            let _ = writeln!(out, "{name}{{adapter=\"other\"}} {}", value(&other));
+            let _ = writeln!(out, "{name}{{adapter=\"{OTHER}\"}} {}", value(&other));
         }
         let name = "slora:adapter_time_to_first_token_seconds";
         header(out, name, "summary", "From a request's arrival to its first token, by adapter.");
-        let others = Arc::from("other");
+        let others = Arc::from(OTHER);
         for (adapter, traffic) in ranked.into_iter().chain([(&others, &other)]) {
             let (adapter, seconds) = (label(adapter), traffic.first_token_us as f64 / 1e6);
             let _ = writeln!(out, "{name}_sum{{adapter=\"{adapter}\"}} {seconds}");

@@ -176,8 +176,11 @@ async fn call(
         let limit = max_body_bytes(app, route);
         let len = announced_len(request.headers(), limit)?;
         let load = Load { bytes: len as u64, ..Load::default() };
-        reservation = Some(app.admission.reserve(caller.tenant.clone(), load)?);
+        let mut reserved = app.admission.reserve(caller.tenant.clone(), load)?;
         body = read_body(app, request.into_body(), limit).await?;
+        // One that came in chunks did not say how short it is.
+        reserved.correct(0, body.len() as u64);
+        reservation = Some(reserved);
     }
     Ok(Call { app: app.clone(), caller, record: record.clone(), unsent, param, body, reservation, route })
 }

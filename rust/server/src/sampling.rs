@@ -4,26 +4,13 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 use slora_core::SamplingParams;
+use slora_runtime::Sampling;
 use slora_text::{MAX_STOP_CHARS, MAX_STOPS};
 
 use crate::config::{Limits, SamplingDefaults};
 use crate::errors::ApiError;
 use crate::fields::{Fields, type_error};
 use crate::schema::{Bounds, Field, any_of, boolean, integer, number, number_above, or_default, token_id};
-
-/// What both completion routes share.
-#[derive(Debug, Clone)]
-pub(crate) struct Sampling {
-    pub params: SamplingParams,
-    /// `None`: what is left of the context.
-    pub max_tokens: Option<u32>,
-    pub seed: Option<u64>,
-    pub stops: Vec<String>,
-    pub include_stop: bool,
-    pub skip_special_tokens: bool,
-    pub n: u32,
-    pub truncate_prompt: Option<i64>,
-}
 
 /// Fields that both routes have, `stream` and what is ignored or refused included.
 pub(crate) const FIELDS: &[Field] = &[
@@ -130,12 +117,17 @@ pub(crate) fn logprobs(_: &Bounds) -> Value {
     integer(0, SamplingParams::MAX_LOGPROBS)
 }
 
-/// Takes the fields of sampling. `prompt` and what only one route has are taken by the route before.
-pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults, limits: &Limits) -> Result<Sampling, ApiError> {
+/// Choices for each prompt.
+pub(crate) fn take_n(fields: &Fields, limits: &Limits) -> Result<u32, ApiError> {
     let n: u32 = fields.take_whole("n")?.unwrap_or(1);
     if n == 0 || n as usize > limits.max_n {
         return Err(ApiError::invalid("n", format!("n is {n}, it must be 1 to {}", limits.max_n)));
     }
+    Ok(n)
+}
+
+/// Takes the fields of sampling. `prompt` and what only one route has are taken by the route before.
+pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults) -> Result<Sampling, ApiError> {
     let max_completion: Option<u32> = fields.take_whole("max_completion_tokens")?;
     let max_tokens: Option<u32> = fields.take_whole("max_tokens")?;
     let top_k: i64 = fields.take_whole("top_k")?.or(defaults.top_k).unwrap_or(0);
@@ -161,33 +153,7 @@ pub(crate) fn take(fields: &Fields, defaults: &SamplingDefaults, limits: &Limits
         stops: stops(fields)?,
         include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
         skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
-        n,
-        truncate_prompt: truncation(fields)?,
     })
-}
-
-impl Sampling {
-    /// Checks what can be checked before anything is tokenized.
-    pub fn check(&self, vocab_size: u32) -> Result<(), ApiError> {
-        let max_tokens = self.max_tokens.unwrap_or(u32::MAX);
-        let params = SamplingParams { max_tokens, ..self.params.clone() };
-        params.check(vocab_size).map_err(|error| {
-            let message = error.to_string();
-            let param = message.split(' ').next().unwrap_or_default().to_owned();
-            ApiError::invalid(&param, message)
-        })?;
-        slora_text::StopStrings::new(self.stops.clone(), false)
-            .map(drop)
-            .map_err(|error| crate::errors::text_error(&error))
-    }
-
-    /// The last tokens of a prompt that is to be cut.
-    pub fn truncate(&self, ids: &mut Vec<u32>, max_context: u32) {
-        let Some(keep) = self.truncate_prompt else { return };
-        let room = max_context.saturating_sub(self.max_tokens.unwrap_or(1)) as usize;
-        let keep = usize::try_from(keep).unwrap_or(room);
-        ids.drain(..ids.len().saturating_sub(keep));
-    }
 }
 
 fn top_k_tokens(top_k: i64) -> Result<u32, ApiError> {
@@ -198,15 +164,16 @@ fn top_k_tokens(top_k: i64) -> Result<u32, ApiError> {
     }
 }
 
-/// -1: what the context holds; else so many of the last tokens.
-fn truncation(fields: &Fields) -> Result<Option<i64>, ApiError> {
-    let keep: Option<i64> = fields.take_whole("truncate_prompt_tokens")?;
-    match keep {
-        Some(keep) if keep < -1 || keep == 0 => {
+/// How many of a prompt's last tokens are kept. -1: what the context holds beside the output.
+pub(crate) fn take_truncation(fields: &Fields, sampling: &Sampling, max_context: u32) -> Result<usize, ApiError> {
+    match fields.take_whole::<i64>("truncate_prompt_tokens")? {
+        None => Ok(usize::MAX),
+        Some(-1) => Ok(max_context.saturating_sub(sampling.max_tokens.unwrap_or(1)) as usize),
+        Some(keep @ 1..) => Ok(keep as usize),
+        Some(keep) => {
             let message = format!("truncate_prompt_tokens is {keep}, it must be -1 or at least 1");
             Err(ApiError::invalid("truncate_prompt_tokens", message))
         }
-        keep => Ok(keep),
     }
 }
 
@@ -279,9 +246,12 @@ pub(crate) fn take_streaming(fields: &Fields) -> Result<Streaming, ApiError> {
 mod tests {
     use super::*;
 
+    fn parsed(body: &str) -> Result<Fields<'_>, ApiError> {
+        Fields::parse(body.as_bytes(), 64, &[FIELDS])
+    }
+
     fn taken(body: &str) -> Result<Sampling, ApiError> {
-        let fields = Fields::parse(body.as_bytes(), 64, &[FIELDS])?;
-        take(&fields, &SamplingDefaults::default(), &Limits::default())
+        take(&parsed(body)?, &SamplingDefaults::default())
     }
 
     #[test]
@@ -304,15 +274,16 @@ mod tests {
 
     #[test]
     fn limits_hold_at_their_edges() {
-        assert!(taken(r#"{"n": 128}"#).is_ok());
-        assert!(taken(r#"{"n": 129}"#).is_err());
-        assert!(taken(r#"{"n": 0}"#).is_err());
+        let n = |body: &str| take_n(&parsed(body).unwrap(), &Limits::default());
+        assert!(n(r#"{"n": 128}"#).is_ok());
+        assert!(n(r#"{"n": 129}"#).is_err());
+        assert!(n(r#"{"n": 0}"#).is_err());
         assert_eq!(taken(r#"{"top_k": -1}"#).unwrap().params.top_k, 0);
         assert!(taken(r#"{"top_k": -2}"#).is_err());
         let stops = |count: usize, len: usize| {
             let stops = vec!["x".repeat(len); count];
             let body = serde_json::json!({"stop": stops}).to_string();
-            taken(&body).and_then(|sampling| sampling.check(100)).is_ok()
+            taken(&body).is_ok_and(|sampling| sampling.check(100).is_ok())
         };
         assert_eq!([stops(16, 256), stops(17, 256), stops(16, 257)], [true, false, false]);
         assert_eq!(taken(r#"{"stop": ""}"#).unwrap().stops.len(), 0);

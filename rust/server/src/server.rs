@@ -362,12 +362,11 @@ async fn watch_keys(app: Arc<App>) {
     let queue = app.runtime.config().queue;
     let mut seen = None;
     loop {
-        let at = path.clone();
-        let read = move || stamp(&at).map(|stamp| (stamp, keys_file::read(&at, queue)));
-        let found = tokio::task::spawn_blocking(read).await;
-        if let Ok(Some((stamp, keys))) = found
-            && seen.replace(stamp) != Some(stamp)
-        {
+        let (at, before) = (path.clone(), seen);
+        let changed =
+            move || stamp(&at).filter(|stamp| before != Some(*stamp)).map(|stamp| (stamp, keys_file::read(&at, queue)));
+        if let Ok(Some((stamp, keys))) = tokio::task::spawn_blocking(changed).await {
+            seen = Some(stamp);
             match keys {
                 Ok(keys) => app.auth.set_file_keys(keys),
                 Err(error) => app.log.line("keys_file_refused", json!({"error": error})),
