@@ -358,7 +358,7 @@ def test_a_race_of_renames_never_shows_what_lies_outside(world: World, tmp_path:
     start = time.monotonic()
     try:
         while (passed := time.monotonic() - start) < 1 or min(counts.get(GOOD, 0), counts.get(NOT_ALLOWED, 0)) < 10:
-            assert passed < 20, counts
+            assert passed < 60, counts
             got, text = world.validate(str(at))
             counts[got] = counts.get(got, 0) + 1
             if got == GOOD:
@@ -379,7 +379,7 @@ def test_no_descriptor_is_left(world: World) -> None:
         for route in ("validate", "replace"):
             world.ask(*ROUTES[route](f"{world.root}/{name}"))
     assert world.ask("DELETE", "/v1/adapters/n", None)[0][0] == 204
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while world.served.num_descriptors() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -133,7 +133,7 @@ def test_a_terminal_sees_progress_and_ctrl_c_ends_with_what_was_measured(served:
     while b" sent, " not in seen:
         seen += os.read(reader, 4096)
     process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=20)[0]
+    printed = process.communicate(timeout=60)[0]
     os.close(reader)
     assert process.returncode == 130
     assert b"unfinished" in printed

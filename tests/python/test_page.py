@@ -23,7 +23,7 @@ def url() -> Iterator[str]:
     assert process.stdout is not None
     yield next(line for line in process.stdout if line.startswith("serving ")).split()[-1]
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.fixture
