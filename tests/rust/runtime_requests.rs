@@ -239,7 +239,7 @@ fn what_the_engine_refuses_comes_as_the_end() {
 
 #[test]
 fn dropping_the_output_cancels_the_request() {
-    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(20));
     let output = world.runtime.submit(world.submission("a", 200)).unwrap();
     world.wait_until("it runs", |stats| stats.running == 1);
     drop(output);
@@ -275,7 +275,7 @@ fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_
 
 #[test]
 fn a_failed_step_ends_every_request_with_its_reason() {
-    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(20));
     let outputs: Vec<Output> = (0..8).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
     world.wait_until("they run", |stats| stats.running == 8);
     world.runtime.fail("out of memory");
@@ -292,7 +292,7 @@ fn a_failed_step_ends_every_request_with_its_reason() {
 #[test]
 fn closing_ends_running_and_waiting_requests() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
-    let mut world = World::with("abc", engine, Duration::from_millis(2));
+    let mut world = World::with("abc", engine, Duration::from_millis(20));
     let outputs: Vec<Output> = (0..6).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
     world.wait_until("two run", |stats| (stats.running, stats.waiting) == (2, 4));
     world.runtime.begin_close();
@@ -307,7 +307,7 @@ fn closing_ends_running_and_waiting_requests() {
 #[test]
 fn more_requests_than_may_wait_are_refused() {
     let engine = EngineConfig { max_running: 1, max_waiting: 3, ..EngineConfig::default() };
-    let world = World::with("abc", engine, Duration::from_millis(2));
+    let world = World::with("abc", engine, Duration::from_millis(5));
     let outputs: Vec<_> = (0..20).map(|_| world.runtime.submit(world.submission("a", 50))).collect();
     let is_full =
         |error: &RequestError| matches!(error, RequestError::Submit(SubmitError::QueueFull { max_waiting: 3 }));

@@ -20,6 +20,8 @@ use slora_text::TextModel;
 const PAGE_BYTES: usize = 32 << 10;
 const NUM_HOST_PAGES: usize = 64;
 
+/// A step's time that is over when another one is set.
+pub const HELD: Duration = Duration::from_secs(3600);
 /// Tokens of one sequence.
 pub const MAX_CONTEXT: u32 = 256;
 /// What the executor says: one token a letter, the last one for ever after.
@@ -147,6 +149,15 @@ impl World {
         stream
     }
 
+    /// Waits until `/metrics`, which `key` may read, has this line.
+    pub fn wait_for_metric(&self, key: &str, line: &str) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.ask(key, "GET", "/metrics", None).body.lines().any(|found| found == line) {
+            assert!(Instant::now() < deadline, "never so: {line}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !is_so(&self.runtime.snapshot().engine) {
@@ -180,6 +191,7 @@ fn run_steps(runtime: &Runtime, mut stepper: Stepper, script: &[u32], step_us: &
         let started = Instant::now();
         while let left = Duration::from_micros(step_us.load(Ordering::Relaxed)).saturating_sub(started.elapsed())
             && !left.is_zero()
+            && runtime.is_open()
         {
             std::thread::sleep(left.min(Duration::from_millis(5)));
         }
