@@ -109,7 +109,7 @@ impl World {
 
     /// Everything that the request brings.
     fn finish(&self, output: &Output) -> Delta {
-        let (mut all, deadline) = (Delta::default(), Instant::now() + Duration::from_secs(20));
+        let (mut all, deadline) = (Delta::default(), Instant::now() + Duration::from_secs(60));
         while all.end.is_none() {
             assert!(Instant::now() < deadline, "request {} does not end", output.id().0);
             self.mailbox.wait(Duration::from_millis(20));
@@ -126,7 +126,7 @@ impl World {
     }
 
     fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !is_so(&self.runtime.snapshot().engine) {
             assert!(Instant::now() < deadline, "never so: {what}");
             std::thread::sleep(Duration::from_millis(1));
@@ -259,7 +259,7 @@ fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_
         world.wait_until("the engine has done its part", |stats| stats.running + stats.waiting == 0);
         let (mut text, mut num_takes, mut end) = (String::new(), 0, None);
         while end.is_none() {
-            assert!(!world.mailbox.wait(Duration::from_secs(20)).is_empty(), "a reader is woken for what is left");
+            assert!(!world.mailbox.wait(Duration::from_secs(60)).is_empty(), "a reader is woken for what is left");
             let delta = output.take_up_to(3);
             assert!(delta.pieces.len() <= 3 || !stops.is_empty());
             delta.pieces.iter().for_each(|piece| text += &piece.text);
@@ -459,7 +459,7 @@ fn adapters_are_listed_while_the_step_thread_is_busy_and_as_the_last_call_left_t
         move || {
             let wait = move |_: &mut Stepper| {
                 begin.send(()).unwrap();
-                released.recv_timeout(Duration::from_secs(10)).is_ok()
+                released.recv_timeout(Duration::from_secs(60)).is_ok()
             };
             runtime.call(wait).unwrap()
         }

@@ -55,7 +55,7 @@ impl Shop {
     }
 
     fn wait_for(&self, what: &str, is_so: impl Fn([u64; 3]) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !is_so(self.unfinished()) {
             assert!(Instant::now() < deadline, "never so: {what}; {:?}", self.unfinished());
             std::thread::sleep(Duration::from_millis(5));
@@ -164,7 +164,7 @@ fn a_key_has_its_place_again_when_the_engine_has_let_go() {
         let mut finished = metrics.lines().filter(|line| line.starts_with("vllm:request_success_total"));
         finished.any(|line| line.contains("finished_reason=\"abort\"") && line.ends_with(" 1"))
     };
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !is_seen() {
         assert!(Instant::now() < deadline, "the server has not seen that the client has left");
         std::thread::sleep(Duration::from_millis(5));
@@ -202,7 +202,7 @@ fn whatever_clients_do_all_places_come_back() {
     }
     assert!([200, 404, 429].iter().all(|status| statuses.contains_key(status)), "{statuses:?}");
     let whole = with(completion(1), json!({"n": 4}));
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while shop.world.ask("flood", "POST", "/v1/completions", Some(&whole)).status != 200 {
         assert!(Instant::now() < deadline, "a place never comes back");
         std::thread::sleep(Duration::from_millis(5));
@@ -236,7 +236,7 @@ fn a_refused_tenant_does_not_keep_the_connections() {
     };
     let held: Vec<TcpStream> = (0..8).map(|_| ask()).collect();
     shop.wait_for("the flood has its share", |[requests, ..]| requests == 8);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while shop.world.server.num_tasks() > num_tasks + held.len() {
         assert!(Instant::now() < deadline, "a connection that has ended is still there");
         std::thread::sleep(Duration::from_millis(1));

@@ -143,7 +143,7 @@ impl World {
 
     pub fn raw(&self, bytes: &str) -> TcpStream {
         let mut stream = TcpStream::connect(self.server.address()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         // The server may answer and close before it has read everything.
         let _ = stream.write_all(bytes.as_bytes());
         stream
@@ -151,7 +151,7 @@ impl World {
 
     /// Waits until `/metrics`, which `key` may read, has this line.
     pub fn wait_for_metric(&self, key: &str, line: &str) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.ask(key, "GET", "/metrics", None).body.lines().any(|found| found == line) {
             assert!(Instant::now() < deadline, "never so: {line}");
             std::thread::sleep(Duration::from_millis(5));
@@ -159,7 +159,7 @@ impl World {
     }
 
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !is_so(&self.runtime.snapshot().engine) {
             assert!(Instant::now() < deadline, "never so: {what}");
             std::thread::sleep(Duration::from_millis(1));
