@@ -1,6 +1,7 @@
 //! The Prometheus exposition, and what is built on it.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+mod processor_time;
 mod server_world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -194,10 +195,11 @@ fn an_exposition_with_ten_thousand_adapters_is_small_and_fast() {
         assert_eq!(world.post("/v1/completions", &body).status, 200);
     }
     let scrape = || {
-        let asked = Instant::now();
+        let start = processor_time::of_process();
         let body = world.get("/metrics").body;
-        (asked.elapsed(), body)
+        (processor_time::of_process() - start, body)
     };
+    // With what other tests of this program take meanwhile, which is nothing in most.
     let (fastest, body) = (0..50).map(|_| scrape()).min_by_key(|(took, _)| *took).unwrap();
     assert_eq!(Exposition::parse(&body).value("slora:adapters", Some(("state", "registered"))) as u32 / 1000, 9);
     assert!(body.len() <= 256 << 10, "{} bytes", body.len());

@@ -5,10 +5,9 @@ use std::fs;
 
 use slora_store::{BaseSpec, Dtype, MODULES};
 
+mod processor_time;
 mod store_fixture;
-mod thread_time;
 use store_fixture::*;
-use thread_time::thread_time;
 
 #[test]
 fn the_fixture_itself_is_accepted() {
@@ -346,9 +345,9 @@ fn hostile_patterns_cost_a_bounded_time() {
     ] {
         let config = format!(r#""r":1,"alpha_pattern":{{{}}}"#, keys.join(","));
         let checkpoint = Checkpoint::new(&config, &tensors);
-        let start = thread_time();
+        let start = processor_time::of_thread();
         let adapter = checkpoint.open(&base).unwrap();
-        let took = thread_time() - start;
+        let took = processor_time::of_thread() - start;
         println!("{} keys, {} tensors: {took:?}", keys.len(), adapter.report().num_mapped);
         assert!(took.as_secs() < 2, "{took:?}");
     }

@@ -6,10 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use slora_store::{Adapter, BaseSpec, Dtype, MODULE_WORDS, MODULES};
 
+mod processor_time;
 mod store_fixture;
-mod thread_time;
 use store_fixture::*;
-use thread_time::thread_time;
 
 /// A factor's values as the image must hold them: `[rank][elements]`.
 type Rows = Vec<Vec<f32>>;
@@ -245,10 +244,10 @@ fn two_thousand_adapters_register_in_under_two_seconds() {
         std::fs::hard_link(original.config_path(), folder.join("adapter_config.json")).unwrap();
         std::fs::hard_link(original.weights_path(), folder.join("adapter_model.safetensors")).unwrap();
     }
-    let start = thread_time();
+    let start = processor_time::of_thread();
     let adapters: Vec<Adapter> =
         (0..2000).map(|i| Adapter::open(&links.path().join(i.to_string()), &base).unwrap()).collect();
-    let took = thread_time() - start;
+    let took = processor_time::of_thread() - start;
     println!("{} adapters of {} tensors: {took:?}", adapters.len(), tensors.len());
     assert!(took.as_secs_f64() < 2.0, "{took:?}");
     adapters[0].check_unchanged().unwrap();
