@@ -64,7 +64,7 @@ class Served:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
-        return urllib.request.urlopen(request, timeout=30)
+        return urllib.request.urlopen(request, timeout=60)
 
     def call(self, path: str, body: Any = None, key: str | None = ADMIN, method: str | None = None) -> tuple[int, str]:
         try:

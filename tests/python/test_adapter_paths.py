@@ -38,7 +38,7 @@ class World:
     def ask(self, method: str, route: str, body: Any) -> tuple[Outcome, str]:
         """What came of it, and the whole answer."""
         headers = {"content-type": "application/json", "authorization": f"Bearer {ADMIN}"}
-        connection = HTTPConnection(self.served.url.removeprefix("http://"), timeout=20)
+        connection = HTTPConnection(self.served.url.removeprefix("http://"), timeout=60)
         connection.request(method, route, body if isinstance(body, bytes) else json.dumps(body), headers)
         answer = connection.getresponse()
         text = answer.read().decode()

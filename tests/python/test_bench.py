@@ -55,7 +55,7 @@ def test_adapters_and_clients_come_and_go(served: Served, capsys: pytest.Capture
     path = tmp_path / "load.json"
     rates = ["--rate", "60", "--cv", "2", "--churn", "10", "--cancel", "0.3", "--admin-key", ADMIN]
     names = ["--adapters", "upper,reverse", "--popularity", "zipf"]
-    assert bench(served, *rates, *names, "--duration", "1.5", "--output-len", "3:9", "--json", str(path)) == 0
+    assert bench(served, *rates, *names, "--duration", "3", "--output-len", "3:9", "--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert report["churn"]["registered"] > 3, report["churn"]
     assert report["churn"]["unloaded"] == report["churn"]["registered"]

@@ -27,7 +27,7 @@ def served() -> Iterator[Served]:
 def chat(lines: str, *arguments: str, key: str = ADMIN) -> tuple[int, list[str], str]:
     command = [sys.executable, "-m", "slora", "chat", *arguments]
     environment = os.environ | {"SLORA_API_KEY": key}
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=180, env=environment)
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 

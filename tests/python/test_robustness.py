@@ -380,5 +380,5 @@ EXITS = {
 def test_the_interpreter_ends_with_an_open_engine(case: str) -> None:
     code = f"import json, slora, sys\nllm = slora.LLM(sys.argv[1], **json.loads(sys.argv[2]))\n{EXITS[case]}"
     command = [sys.executable, "-c", code, str(BASE), json.dumps(engine_options())]
-    process = subprocess.run(command, timeout=60, check=False)
+    process = subprocess.run(command, timeout=180, check=False)
     assert process.returncode == (3 if "exception" in case else 0)

@@ -125,7 +125,7 @@ def test_a_signal_before_it_serves_ends_it(number: signal.Signals) -> None:
         "from slora.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "serve", str(BASE), "--port", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
