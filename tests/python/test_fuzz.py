@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cpu_only(reason="requests that end in the server, befor
 SEED = 20260
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_no_request_is_too_odd() -> None:
     with Served(*ARGUMENTS) as served:
         descriptors = served.num_descriptors()

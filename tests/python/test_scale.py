@@ -30,7 +30,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_thousand_adapters_in_a_pool_for_twenty(many: dict[str, Path], settled: Any) -> None:
     cases = json.loads((EXAMPLE / "heldout.json").read_text())["adapters"]
     start = time.process_time()

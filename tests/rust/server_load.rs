@@ -185,6 +185,39 @@ fn adapters_come_and_go_under_load_and_none_stays() {
     assert!(churn.first_error.unwrap().contains("path_not_allowed"));
 }
 
+#[test]
+fn a_copy_stays_for_as_long_as_somebody_asks_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_adapter("upper", &folder.path().join("upper"));
+    let world = with_step_time(json!({"adapter_dir": folder.path(), "admin_keys": ["admin"]}), 100_000);
+    let (runtime, missing) = (world.runtime.clone(), Arc::<Mutex<Vec<String>>>::default());
+    let into = missing.clone();
+    let observer: Observer = Arc::new(move |event, _| {
+        let event: Value = serde_json::from_slice(event).unwrap();
+        let name = event["model"].as_str().unwrap();
+        if runtime.adapter(name).unwrap().is_none() {
+            into.lock().unwrap().push(name.into());
+        }
+    });
+    let path = Some(folder.path().join("upper").display().to_string());
+    let config = LoadConfig {
+        models: vec![Model { name: "upper".into(), path }],
+        api_key: Some(Secret("admin".into())),
+        admin_key: Some(Secret("admin".into())),
+        churn_per_s: 20.0,
+        stream: true,
+        output_tokens: Span::exactly(10),
+        arrivals: Arrivals::Closed { connections: 4 },
+        duration_s: 2.0,
+        ..config(&world)
+    };
+    let report = Load::start(config, Some(observer)).unwrap().finish().unwrap();
+    assert_eq!(report.completed, report.sent, "{:?}", report.first_error);
+    assert_eq!(*missing.lock().unwrap(), [""; 0]);
+    let churn = report.churn.unwrap();
+    assert!(churn.registered > 5 && churn.unloaded == churn.registered, "{churn:?}");
+}
+
 fn copy_adapter(from: &str, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for file in ["adapter_config.json", "adapter_model.safetensors"] {
