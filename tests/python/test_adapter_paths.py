@@ -326,7 +326,8 @@ def swap_weights(world: World, at: Path) -> Iterator[None]:
     """The weights of a folder become a link to others outside."""
     shutil.copytree(world.root / "good", at)
     weights = at / "adapter_model.safetensors"
-    kept, link = at / "kept", at / "link"
+    # Beside the folder: a link out of it that nothing reads is refused, too.
+    kept, link = at.with_name("kept"), at.with_name("link")
     weights.rename(kept)
     link.symlink_to(world.outside / "good" / weights.name)
     while True:
