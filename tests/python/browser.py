@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 class Browser:

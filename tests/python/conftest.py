@@ -1,5 +1,6 @@
 """The device that tests run on; the embedded example, an engine on it, and PEFT beside it."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A background job ignores ctrl-C, and what tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     device.choose(config.getoption("--device"))
 
 
@@ -51,7 +54,7 @@ def settled() -> Callable[[slora.LLM], slora.outputs.Stats]:
     """Statistics once nothing runs or waits; fails if pages of requests are left."""
 
     def settle(llm: slora.LLM) -> slora.outputs.Stats:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while (stats := llm.stats()).running or stats.waiting or stats.kv_pages or stats.loading_adapters:
             assert time.monotonic() < deadline, f"something is left: {stats}"
             time.sleep(0.005)

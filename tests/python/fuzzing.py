@@ -17,7 +17,7 @@ LEFT_OUT = ["positive_data_acceptance"]
 """A schema cannot say everything: which templates know a role, which fields go together, which paths are let in."""
 LEFT_OUT_NARROWED = [*LEFT_OUT, "negative_data_rejection"]
 """What the narrowed document excludes may be accepted by the server."""
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 EVENT = r'^(\{"id":"(chat)?cmpl-.*\}|\[DONE\])$'
 """An event's data. An error in a stream is none: nothing here may break one."""
 Document = dict[str, Any]

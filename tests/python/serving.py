@@ -36,7 +36,8 @@ class Served:
         else:
             raise AssertionError(f"{command} ended with {self.process.wait()}")
         self.url = line.split()[-1]
-        threading.Thread(target=self._read_log, daemon=True).start()
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
 
     def _read_log(self) -> None:
         assert self.process.stdout is not None
@@ -50,9 +51,10 @@ class Served:
     ) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
-            code = self.process.wait(20)
+            code = self.process.wait(60)
         finally:
             self.process.kill()
+            self._reader.join()  # the log is whole
         assert error is not None or code == 0
 
     def num_descriptors(self) -> int:
@@ -62,7 +64,7 @@ class Served:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
-        return urllib.request.urlopen(request, timeout=30)
+        return urllib.request.urlopen(request, timeout=60)
 
     def call(self, path: str, body: Any = None, key: str | None = ADMIN, method: str | None = None) -> tuple[int, str]:
         try:

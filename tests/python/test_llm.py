@@ -22,7 +22,8 @@ TOLERANCE = tolerance(1e-4)
 
 @pytest.mark.cpu_only(reason="no engine")
 def test_importing_slora_is_quick_and_leaves_torch_alone() -> None:
-    code = "import sys, time; t = time.perf_counter(); import slora; t = time.perf_counter() - t"
+    # Of the processor's time: others may use it, too.
+    code = "import sys, time; t = time.process_time(); import slora; t = time.process_time() - t"
     command = [sys.executable, "-c", f"{code}; print(t, 'torch' in sys.modules)"]
     seconds, has_torch = subprocess.check_output(command, text=True).split()
     assert float(seconds) < 0.5

@@ -4,9 +4,9 @@ import asyncio
 import hashlib
 import json
 import shutil
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from conftest import ADAPTERS, BASE
@@ -28,7 +28,8 @@ class Client:
 
     def __init__(self, served: Served, key: str = USER, strict: bool = True, max_retries: int = 2) -> None:
         self.num_asked = 0
-        http = openai.DefaultHttpxClient(event_hooks={"request": [self._count]})
+        self.when_refused: Callable[[], None] | None = None
+        http = openai.DefaultHttpxClient(event_hooks={"request": [self._count], "response": [self._look]})
         self.openai = openai.OpenAI(
             base_url=f"{served.url}/v1",
             api_key=key,
@@ -39,6 +40,10 @@ class Client:
 
     def _count(self, _request: object) -> None:
         self.num_asked += 1
+
+    def _look(self, response: Any) -> None:
+        if self.when_refused is not None and response.status_code in (429, 503):
+            self.when_refused()
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +231,7 @@ def test_a_keys_limit_is_waited_for(served: Served) -> None:
     with pytest.raises(openai.RateLimitError) as refused:
         other.openai.chat.completions.create(model="upper", messages=HELLO)
     assert refused.value.code == "rate_limit_exceeded"
-    check_retry_ends(client, running, refused.value)
+    check_retry_ends(served, client, running, refused.value)
 
 
 def test_a_saturated_server_is_waited_for() -> None:
@@ -236,15 +241,20 @@ def test_a_saturated_server_is_waited_for() -> None:
         with pytest.raises(openai.InternalServerError) as refused:
             other.openai.chat.completions.create(model="base", messages=HELLO, max_tokens=4)
         assert (refused.value.status_code, refused.value.code) == (503, "server_overloaded")
-        check_retry_ends(client, running, refused.value)
+        check_retry_ends(served, client, running, refused.value)
 
 
-def check_retry_ends(client: Client, running: openai.Stream, refused: openai.APIStatusError) -> None:
+def check_retry_ends(served: Served, client: Client, running: openai.Stream, refused: openai.APIStatusError) -> None:
     """What was refused succeeds at the second try, once `running` has made room, and not before the time told."""
     retry_after_s = int(refused.response.headers["retry-after"])
     assert 1 <= retry_after_s <= 120
     asked, start = client.num_asked, time.monotonic()
-    threading.Timer(retry_after_s / 2, running.close).start()
+
+    def make_room() -> None:
+        running.close()
+        wait_for_nobody(served)
+
+    client.when_refused = make_room
     model = client.openai.models.list().data[0].id
     answer = client.openai.chat.completions.create(model=model, messages=HELLO, max_tokens=4)
     assert answer.choices[0].message.content is not None
@@ -257,7 +267,11 @@ def test_a_stream_that_is_closed_ends_its_request(client: Client, served: Served
     next(iter(stream))
     assert json.loads(served.call("/load")[1])["server_load"] >= 1
     stream.close()
-    deadline = time.monotonic() + 5
+    wait_for_nobody(served)
+
+
+def wait_for_nobody(served: Served) -> None:
+    deadline = time.monotonic() + 30
     while json.loads(served.call("/load")[1])["server_load"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -76,11 +76,10 @@ def test_a_bad_request_is_refused_and_leaves_nothing(case: str, llm: slora.LLM, 
 
 
 def test_the_first_error_cancels_the_others(llm: slora.LLM, settled: Callable[..., Any]) -> None:
+    before = settled(llm).generated_tokens
     with pytest.raises(slora.UnknownAdapterError, match="nobody"):
         llm.generate(["abc"] * 30, adapter=[None] * 29 + ["nobody"], **LONG)
-    start = time.perf_counter()
-    settled(llm)
-    assert time.perf_counter() - start < 2
+    assert settled(llm).generated_tokens - before < 29 * LONG["max_tokens"] / 2
 
 
 def test_unknown_keywords_are_type_errors(llm: slora.LLM) -> None:
@@ -112,10 +111,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_a_bad_option_is_refused_before_anything_is_built(case: str) -> None:
-    (options, message), before = BAD_OPTIONS[case], threading.active_count()
+    (options, message), before = BAD_OPTIONS[case], set(threading.enumerate())
     with pytest.raises(slora.ConfigError, match=message):
         slora.LLM(BASE, **engine_options(**options))
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_folder_that_is_not_there_is_a_load_error(tmp_path: Path) -> None:
@@ -273,11 +272,9 @@ def test_closing_ends_running_requests_with_an_error() -> None:
         thread.start()
     while not llm.stats().running:
         time.sleep(0.005)
-    start = time.perf_counter()
     llm.close()
     for thread in threads:
         thread.join()
-    assert time.perf_counter() - start < 5
     assert [str(error) for error in errors] == ["the engine is closed"] * 3
     llm.close()
     for call in (llm.stats, lambda: llm.generate("abc"), lambda: llm.adapters["sort"], lambda: list(llm.adapters)):
@@ -286,12 +283,15 @@ def test_closing_ends_running_requests_with_an_error() -> None:
 
 
 def test_an_engine_that_is_dropped_ends_its_threads() -> None:
-    before = threading.active_count()
+    before, deadline = set(threading.enumerate()), time.monotonic() + 30
     llm = slora.LLM(BASE, **engine_options())
     llm.generate("abc", max_tokens=2)
     del llm
     gc.collect()
-    assert threading.active_count() == before
+    # If the step thread itself has found it, another one waits for that to end.
+    while not set(threading.enumerate()) <= before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_step_that_fails_ends_everything_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,14 +321,14 @@ def test_a_lost_device_does_not_keep_a_failed_engine_from_closing(
     def fail(*_: object) -> None:
         raise RuntimeError("an illegal memory access")
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with slora.LLM(BASE, device="cpu") as llm:
         monkeypatch.setattr(Runner, "close", fail)
         monkeypatch.setattr(Runner, "run", fail)
         with pytest.raises(slora.DeviceError, match="illegal"):
             llm.generate("abc")
     assert "memory of the failed engine is not freed: an illegal memory access" in caplog.text
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     healthy = slora.LLM(BASE, device="cpu")
     with pytest.raises(RuntimeError, match="illegal"):
         healthy.close()
@@ -349,14 +349,19 @@ def test_use_after_a_fork_raises_and_the_parent_goes_on(llm: slora.LLM) -> None:
 
 
 CTRL_C = """
-import json, signal, slora, sys, time
+import json, signal, slora, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+def tell():
+    while not llm.stats().running:
+        time.sleep(0.005)
+    print("it runs", flush=True)
+
 with slora.LLM(sys.argv[1], **json.loads(sys.argv[2])) as llm:
-    print("ready", flush=True)
+    threading.Thread(target=tell).start()
     try:
         llm.generate(["abc"] * 2000, max_tokens=1000, ignore_eos=True)
     except KeyboardInterrupt:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while llm.stats().running or llm.stats().waiting:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -368,10 +373,9 @@ def test_ctrl_c_cancels_and_leaves_the_engine_usable() -> None:
     command = [sys.executable, "-c", CTRL_C, str(BASE), json.dumps(engine_options())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.5)
+    assert process.stdout.readline() == "it runs\n"
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
     assert (output, process.returncode) == ("abc 0\n", 0)
 
 
@@ -388,5 +392,5 @@ EXITS = {
 def test_the_interpreter_ends_with_an_open_engine(case: str) -> None:
     code = f"import json, slora, sys\nllm = slora.LLM(sys.argv[1], **json.loads(sys.argv[2]))\n{EXITS[case]}"
     command = [sys.executable, "-c", code, str(BASE), json.dumps(engine_options())]
-    process = subprocess.run(command, timeout=60, check=False)
+    process = subprocess.run(command, timeout=180, check=False)
     assert process.returncode == (3 if "exception" in case else 0)

@@ -66,7 +66,7 @@ impl World {
 
     /// Everything that the request brings.
     fn finish(&self, output: &Output) -> Delta {
-        let (mut all, deadline) = (Delta::default(), Instant::now() + Duration::from_secs(20));
+        let (mut all, deadline) = (Delta::default(), Instant::now() + Duration::from_secs(60));
         while all.end.is_none() {
             assert!(Instant::now() < deadline, "request {} does not end", output.id().0);
             self.mailbox.wait(Duration::from_millis(20));
@@ -157,7 +157,7 @@ fn what_the_engine_refuses_comes_as_the_end() {
 
 #[test]
 fn dropping_the_output_cancels_the_request() {
-    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(20));
     let output = world.runtime.submit(world.submission("a", 200)).unwrap();
     world.wait_until("it runs", |stats| stats.running == 1);
     drop(output);
@@ -174,7 +174,7 @@ fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_
         world.wait_until("the engine has done its part", |stats| stats.running + stats.waiting == 0);
         let (mut text, mut num_takes, mut end) = (String::new(), 0, None);
         while end.is_none() {
-            assert!(!world.mailbox.wait(Duration::from_secs(20)).is_empty(), "a reader is woken for what is left");
+            assert!(!world.mailbox.wait(Duration::from_secs(60)).is_empty(), "a reader is woken for what is left");
             let delta = output.take_up_to(3);
             assert!(delta.pieces.len() <= 3 || !stops.is_empty());
             delta.pieces.iter().for_each(|piece| text += &piece.text);
@@ -190,7 +190,7 @@ fn what_a_reader_does_not_take_at_once_comes_later_and_the_end_with_the_last_of_
 
 #[test]
 fn a_failed_step_ends_every_request_with_its_reason() {
-    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(2));
+    let world = World::with("abc", EngineConfig::default(), Duration::from_millis(20));
     let outputs: Vec<Output> = (0..8).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
     world.wait_until("they run", |stats| stats.running == 8);
     world.runtime.fail("out of memory");
@@ -207,7 +207,7 @@ fn a_failed_step_ends_every_request_with_its_reason() {
 #[test]
 fn closing_ends_running_and_waiting_requests() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
-    let mut world = World::with("abc", engine, Duration::from_millis(2));
+    let mut world = World::with("abc", engine, Duration::from_millis(20));
     let outputs: Vec<Output> = (0..6).map(|_| world.runtime.submit(world.submission("a", 200)).unwrap()).collect();
     world.wait_until("two run", |stats| (stats.running, stats.waiting) == (2, 4));
     world.engine.close();
@@ -220,7 +220,7 @@ fn closing_ends_running_and_waiting_requests() {
 #[test]
 fn more_requests_than_may_wait_are_refused() {
     let engine = EngineConfig { max_running: 1, max_waiting: 3, ..EngineConfig::default() };
-    let world = World::with("abc", engine, Duration::from_millis(2));
+    let world = World::with("abc", engine, Duration::from_millis(5));
     let outputs: Vec<_> = (0..20).map(|_| world.runtime.submit(world.submission("a", 50))).collect();
     let is_full =
         |error: &RequestError| matches!(error, RequestError::Submit(SubmitError::QueueFull { max_waiting: 3 }));
@@ -371,7 +371,7 @@ fn adapters_are_listed_while_the_step_thread_is_busy_and_as_the_last_call_left_t
         move || {
             let wait = move |_: &mut Stepper| {
                 begin.send(()).unwrap();
-                released.recv_timeout(Duration::from_secs(10)).is_ok()
+                released.recv_timeout(Duration::from_secs(60)).is_ok()
             };
             runtime.call(wait).unwrap()
         }

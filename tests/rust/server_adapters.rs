@@ -187,9 +187,9 @@ fn a_watched_folder_is_what_is_served() {
     copy_adapter("reverse", &folder.path().join("there"));
     let world = World::configured(json!({"adapter_dir": folder.path(), "adapter_poll_s": 0.02}));
     let version = |name: &str| world.runtime.adapter(name).unwrap().map(|details| details.info.version);
-    let wait = |what: &str, name: &str, expected: Option<u32>| {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while version(name) != expected {
+    let wait = |what: &str, name: &str, is_it: fn(Option<u32>) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is_it(version(name)) {
             assert!(Instant::now() < deadline, "never so: {what}");
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -203,12 +203,13 @@ fn a_watched_folder_is_what_is_served() {
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(version("half"), None, "a half-written one waits");
     file("adapter_model.safetensors", "half");
-    wait("a whole one is registered", "half", Some(1));
+    wait("a whole one is registered", "half", |version| version == Some(1));
     file("adapter_model.safetensors", "there");
     file("adapter_config.json", "there");
-    wait("a changed one is a new version", "there", Some(2));
+    // A look between the two files may have found a version of its own.
+    wait("a changed one is a new version", "there", |version| version >= Some(2));
     std::fs::remove_dir_all(folder.path().join("half")).unwrap();
-    wait("a removed one goes", "half", None);
+    wait("a removed one goes", "half", |version| version.is_none());
     assert_eq!(world.post("/v1/completions", &with(completion(1), json!({"model": "there"}))).status, 200);
 }
 
@@ -242,7 +243,7 @@ fn an_adapters_hash_is_that_of_its_file_once_it_was_loaded() {
     assert_eq!(world.ask("user", "POST", "/v1/completions", Some(&body)).status, 200);
     let hash = Sha256::digest(std::fs::read(path.join("adapter_model.safetensors")).unwrap());
     let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while world.ask("admin", "GET", "/v1/adapters/x", None).json()["sha256"] != hash.as_str() {
         assert!(Instant::now() < deadline, "never hashed");
         std::thread::sleep(Duration::from_millis(5));

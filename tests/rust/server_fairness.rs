@@ -28,8 +28,10 @@ fn write(path: &Path, keys: &[Value]) {
 }
 
 /// Long enough for clients on a busy machine to be back before it is their turn.
-const STEP_TIME: Duration = Duration::from_millis(3);
-/// Steps that pass while a request and its answer are on their way.
+const STEP_TIME: Duration = Duration::from_millis(5);
+/// While clients come, few steps pass.
+const SLOW_STEP_TIME: Duration = Duration::from_millis(50);
+/// Steps that pass while they come, or while an answer is on its way.
 const MAX_WAY: u64 = 150;
 
 struct Shop {
@@ -58,13 +60,20 @@ impl Shop {
 
     /// Steps that a request of `key` takes from end to end, beside 60 of another tenant's that came before it.
     fn steps_beside_a_flood(&self, key: &str) -> u64 {
-        let bearer = [("authorization", "Bearer flood")];
-        let body = completion(30).to_string();
-        let flood: Vec<_> = (0..60).map(|_| self.world.open("POST", "/v1/completions", &bearer, Some(&body))).collect();
-        self.world.wait_until("the flood is here", |stats| stats.submitted >= 60);
+        let open = |key: &str, max_tokens: u32| {
+            let (bearer, body) = (format!("Bearer {key}"), completion(max_tokens).to_string());
+            self.world.open("POST", "/v1/completions", &[("authorization", &bearer)], Some(&body))
+        };
+        self.world.set_step_time(SLOW_STEP_TIME);
+        let flood: Vec<_> = (0..60).map(|_| open("flood", 30)).collect();
+        self.world.wait_until("the flood is here", |stats| stats.submitted == 60);
+        let asked = open(key, 8);
+        self.world.wait_until("the other one is here, too", |stats| stats.submitted == 61);
         let start = self.num_steps();
-        assert_eq!(self.complete(key, 8).status, 200);
+        self.world.set_step_time(STEP_TIME);
+        assert_eq!(Response::read(asked).status, 200);
         let steps = self.num_steps() - start;
+        self.world.set_step_time(Duration::ZERO);
         assert!(flood.into_iter().all(|stream| Response::read(stream).status == 200), "nobody is forgotten");
         steps
     }
@@ -136,7 +145,7 @@ fn a_weight_without_a_fair_queue_is_refused_at_the_start_and_later_changes_nothi
         std::thread::sleep(Duration::from_millis(100));
     }
     write(&shop.keys, &[key("new", json!({}))]);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while shop.complete("new", 1).status != 200 {
         assert!(Instant::now() < deadline, "the mended file was not read");
         std::thread::sleep(Duration::from_millis(20));

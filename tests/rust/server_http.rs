@@ -5,12 +5,16 @@ mod server_world;
 
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use slora_core::EngineConfig;
+use slora_runtime::Stepper;
 
-use server_world::{MAX_CONTEXT, Response, SCRIPT, World, completion, example, num_shown, read_head, text_of, with};
+use server_world::{
+    HELD, MAX_CONTEXT, Response, SCRIPT, World, completion, example, num_shown, read_head, text_of, with,
+};
 
 #[test]
 fn a_completion_is_whole() {
@@ -340,37 +344,33 @@ fn a_body_that_comes_in_chunks_counts_as_what_it_is() {
 #[test]
 fn a_client_that_leaves_frees_its_request_streaming_or_not_running_or_waiting() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
-    let world = World::with(json!({}), engine, Duration::from_millis(5));
+    // To their ends four requests would take 150 s, longer than anything is waited for.
+    let world = World::with(json!({}), engine, Duration::from_millis(300));
     for stream in [false, true] {
         let body = with(completion(250), json!({"stream": stream})).to_string();
         let open = |_| world.open("POST", "/v1/completions", &[], Some(&body));
         let clients: Vec<_> = (0..4).map(open).collect();
         world.wait_until("two run and two wait", |stats| (stats.running, stats.waiting) == (2, 2));
-        let left = Instant::now();
         drop(clients);
         world.wait_until("nothing is left", |stats| stats.running + stats.waiting == 0 && stats.kv_pages == 0);
-        assert!(left.elapsed() < Duration::from_millis(500), "{:?}", left.elapsed());
     }
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while world.get("/load").json()["server_load"] != 0 {
-        assert!(Instant::now() < deadline, "places were not given back");
+    for line in ["slora:unfinished_requests 0", "slora:disconnects_total 8"] {
+        world.wait_for_metric("", line);
     }
-    assert!(world.get("/metrics").body.contains("slora:disconnects_total 8\n"));
 }
 
 #[test]
 fn a_full_queue_is_a_503_that_says_when_to_come_again() {
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
-    let world = World::with(json!({"limits": {"max_queued_requests": 2}}), engine, Duration::from_millis(5));
+    let world = World::with(json!({"limits": {"max_queued_requests": 2}}), engine, HELD);
     let body = completion(200).to_string();
     let clients: Vec<_> = (0..3).map(|_| world.open("POST", "/v1/completions", &[], Some(&body))).collect();
-    world.wait_until("all are there", |stats| stats.running + stats.waiting == 3);
+    world.wait_for_metric("", "slora:unfinished_requests 3");
     for stream in [false, true] {
-        let asked = Instant::now();
+        // At once: no place comes free.
         let response = world.post("/v1/completions", &with(completion(1), json!({"stream": stream})));
         assert_eq!(response.error(), (503, "server_overloaded".into()));
         assert!((1..=120).contains(&response.header("retry-after").unwrap().parse::<u32>().unwrap()));
-        assert!(asked.elapsed() < Duration::from_millis(200), "{:?}", asked.elapsed());
     }
     world.set_step_time(Duration::ZERO);
     for client in clients {
@@ -381,7 +381,7 @@ fn a_full_queue_is_a_503_that_says_when_to_come_again() {
 
 #[test]
 fn draining_takes_nothing_new_and_finishes_what_runs() {
-    let world = World::with(json!({}), EngineConfig::default(), Duration::from_millis(2));
+    let world = World::with(json!({}), EngineConfig::default(), HELD);
     assert_eq!(world.get("/health/ready").status, 200);
     let running = world.open("POST", "/v1/completions", &[], Some(&completion(200).to_string()));
     world.wait_until("it runs", |stats| stats.running == 1);
@@ -390,6 +390,7 @@ fn draining_takes_nothing_new_and_finishes_what_runs() {
     assert_eq!(world.get("/health").status, 200);
     assert_eq!(world.post("/v1/completions", &completion(1)).error(), (503, "service_unavailable".into()));
     assert!(!world.server.wait(Duration::from_millis(1)));
+    world.set_step_time(Duration::ZERO);
     assert!(world.server.wait(Duration::from_secs(20)));
     world.server.stop();
     assert_eq!(Response::read(running).status, 200);
@@ -398,7 +399,7 @@ fn draining_takes_nothing_new_and_finishes_what_runs() {
 
 #[test]
 fn a_failed_engine_ends_open_streams_with_an_error_event() {
-    let world = World::with(json!({}), EngineConfig::default(), Duration::from_millis(5));
+    let world = World::with(json!({}), EngineConfig::default(), Duration::from_millis(100));
     let streamed = with(completion(250), json!({"stream": true})).to_string();
     let stream = world.open("POST", "/v1/completions", &[], Some(&streamed));
     let whole = world.open("POST", "/v1/completions", &[], Some(&completion(250).to_string()));
@@ -409,7 +410,7 @@ fn a_failed_engine_ends_open_streams_with_an_error_event() {
     let failed = Instant::now();
     let mut rest = String::new();
     reader.read_to_string(&mut rest).unwrap();
-    assert!(failed.elapsed() < Duration::from_secs(2));
+    assert!(failed.elapsed() < Duration::from_secs(10), "by itself it would have gone on for 25 s");
     assert!(rest.contains("data: {\"error\":{") && rest.contains("out of memory"), "{rest}");
     assert!(!rest.contains("[DONE]"), "a broken stream is not a whole one");
     assert_eq!(Response::read(whole).error(), (503, "service_unavailable".into()));
@@ -421,38 +422,41 @@ fn a_failed_engine_ends_open_streams_with_an_error_event() {
 
 #[test]
 fn a_step_that_takes_too_long_ends_the_engine() {
-    let world = World::with(json!({"step_timeout_s": 0.3}), EngineConfig::default(), Duration::ZERO);
+    let world = World::with(json!({"step_timeout_s": 1.0}), EngineConfig::default(), Duration::ZERO);
     assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
-    world.set_step_time(Duration::from_secs(3));
-    let asked = Instant::now();
+    world.set_step_time(HELD);
     let response = world.post("/v1/completions", &completion(100));
     assert_eq!(response.error(), (503, "service_unavailable".into()));
-    assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
-    assert!(asked.elapsed() < Duration::from_millis(2500), "{:?}", asked.elapsed());
+    assert!(response.body.contains("a step took longer than 1 s"), "{}", response.body);
 }
 
 #[test]
 fn a_step_thread_that_hangs_before_anything_runs_is_noticed_too() {
     let world = World::configured(json!({"step_timeout_s": 0.3}));
     let runtime = world.runtime.clone();
-    let hanging = std::thread::spawn(move || runtime.call(|_| std::thread::sleep(Duration::from_secs(3))));
-    std::thread::sleep(Duration::from_millis(100));
-    let asked = Instant::now();
+    let ((begin, begun), (release, released)) = (mpsc::channel(), mpsc::channel::<()>());
+    let hang = move |_: &mut Stepper| {
+        begin.send(()).unwrap();
+        released.recv()
+    };
+    let hanging = std::thread::spawn(move || runtime.call(hang));
+    begun.recv().unwrap();
     let response = world.post("/v1/completions", &completion(1));
     assert_eq!(response.error(), (503, "service_unavailable".into()));
     assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
-    assert!(asked.elapsed() < Duration::from_millis(2500), "{:?}", asked.elapsed());
+    drop(release);
     let _ = hanging.join();
 }
 
 #[test]
 fn slow_headers_and_bodies_are_cut_off() {
-    let world = World::configured(json!({"limits": {"header_timeout_s": 0.2, "body_timeout_s": 0.2}}));
+    let world = World::configured(json!({"limits": {"header_timeout_s": 0.2}}));
     let mut silent = world.raw("GET /v1/models HTTP/1.1\r\nhost: localh");
     let mut answer = String::new();
     let asked = Instant::now();
     let _ = silent.read_to_string(&mut answer);
-    assert!(asked.elapsed() < Duration::from_secs(2), "{answer}");
+    assert!(asked.elapsed() < Duration::from_secs(10), "{answer}");
+    let world = World::configured(json!({"limits": {"body_timeout_s": 0.2}}));
     let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{";
     let mut slow = world.raw(head);
     let mut reader = BufReader::new(slow.try_clone().unwrap());
@@ -503,7 +507,7 @@ fn a_stream_whose_engine_is_slow_is_kept_alive_by_comments() {
 #[test]
 fn a_streams_headers_wait_for_the_adapter_and_not_for_a_turn() {
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
-    let world = World::with(json!({}), engine, Duration::from_millis(20));
+    let world = World::with(json!({}), engine, Duration::from_millis(100));
     world.runtime.register("reverse", &example("adapters/reverse"), false, false).unwrap();
     let body = with(completion(200), json!({"stream": true})).to_string();
     let first = world.open("POST", "/v1/completions", &[], Some(&body));
@@ -522,11 +526,12 @@ fn a_large_request_that_is_refused_gets_its_answer_and_not_a_reset() {
     let body = "x".repeat(8 << 20);
     assert_eq!(world.send("POST", "/v1/completions", &[], Some(&body)).error(), (401, "invalid_api_key".into()));
     let mut slow = world.raw("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{");
+    // All of it while the server still reads.
     for part in [998, 1] {
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(30));
         slow.write_all(&vec![b' '; part]).unwrap();
     }
-    std::thread::sleep(Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(30));
     assert_eq!(Response::read(slow).error(), (401, "invalid_api_key".into()));
 }
 
@@ -548,7 +553,7 @@ fn a_server_that_cannot_work_does_not_start() {
 fn one_connection_too_many_is_told_so() {
     let world = World::configured(json!({"limits": {"max_connections": 2}}));
     let held = [world.raw("GET"), world.raw("GET")];
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let response = Response::read(world.raw("GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"));
         if response.status == 503 {
@@ -599,7 +604,7 @@ fn a_body_of_a_million_values_holds_nobody_up() {
 fn a_reader_that_begins_late_gets_everything() {
     let world = World::new();
     let stream = open_long_stream(&world);
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let events = Response::read(stream).events();
     assert_eq!(num_shown(&events), 16 * 200, "an event for each token");
     let whole = world.post("/v1/completions", &completion(200)).json()["choices"][0]["text"].clone();
@@ -610,18 +615,9 @@ fn a_reader_that_begins_late_gets_everything() {
 fn a_reader_that_takes_nothing_is_dropped_and_holds_nobody_up() {
     let world = World::configured(json!({"limits": {"stall_timeout_s": 0.5}}));
     let stalled = open_long_stream(&world);
-    let wait_for = |num_streams: u32| {
-        let (line, deadline) =
-            (format!("slora:open_streams {num_streams}\n"), Instant::now() + Duration::from_secs(10));
-        while !world.get("/metrics").body.contains(&line) {
-            assert!(Instant::now() < deadline, "never so: {line}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    };
-    wait_for(1);
     assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
-    wait_for(0);
-    assert!(world.get("/metrics").body.contains("slora:disconnects_total 1\n"));
-    assert_eq!(world.get("/load").json()["server_load"], 0);
+    for line in ["slora:disconnects_total 1", "slora:open_streams 0", "slora:unfinished_requests 0"] {
+        world.wait_for_metric("", line);
+    }
     drop(stalled);
 }

@@ -47,7 +47,7 @@ fn every_connection_asks_again_until_enough_was_asked() {
 
 #[test]
 fn streams_are_timed_token_by_token() {
-    let world = with_step_time(json!({}), 4000);
+    let world = with_step_time(json!({}), 40_000);
     let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
     let into = seen.clone();
     let observer: Observer = Arc::new(move |event, _| {
@@ -66,7 +66,8 @@ fn streams_are_timed_token_by_token() {
     let report = Load::start(config, Some(observer)).unwrap().finish().unwrap();
     assert_eq!((report.completed, report.broken, report.first_error.as_deref()), (6, 0, None), "{report:?}");
     assert_eq!((report.time_to_first_token.count, report.inter_token.count), (6, 24));
-    assert!(report.inter_token.p50_ms >= 3.5 && report.time_to_first_token.p50_ms >= 3.5, "{report:?}");
+    // Of a reader that is held up some come together.
+    assert!(report.inter_token.mean_ms >= 20.0 && report.time_to_first_token.p50_ms >= 35.0, "{report:?}");
     assert_eq!(report.goodput_per_s, 0.0, "steps take longer than the objective");
     let mut letters = seen.lock().unwrap().clone();
     letters.sort_unstable();
@@ -166,7 +167,7 @@ fn adapters_come_and_go_under_load_and_none_stays() {
         admin_key: Some(Secret("admin".into())),
         churn_per_s: 20.0,
         arrivals: Arrivals::Closed { connections: 4 },
-        duration_s: 1.5,
+        duration_s: 3.0,
         ..config(&world)
     };
     let report = run(config.clone());
@@ -179,9 +180,42 @@ fn adapters_come_and_go_under_load_and_none_stays() {
     assert_eq!(names.len(), 2, "{names:?}");
 
     let elsewhere = LoadConfig { models: vec![Model { path: Some("/nowhere".into()), ..adapter("upper") }], ..config };
-    let churn = run(LoadConfig { duration_s: 0.3, ..elsewhere }).churn.unwrap();
+    let churn = run(LoadConfig { duration_s: 1.0, ..elsewhere }).churn.unwrap();
     assert!(churn.failed > 0 && churn.registered == 0, "{churn:?}");
     assert!(churn.first_error.unwrap().contains("path_not_allowed"));
+}
+
+#[test]
+fn a_copy_stays_for_as_long_as_somebody_asks_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_adapter("upper", &folder.path().join("upper"));
+    let world = with_step_time(json!({"adapter_dir": folder.path(), "admin_keys": ["admin"]}), 100_000);
+    let (runtime, missing) = (world.runtime.clone(), Arc::<Mutex<Vec<String>>>::default());
+    let into = missing.clone();
+    let observer: Observer = Arc::new(move |event, _| {
+        let event: Value = serde_json::from_slice(event).unwrap();
+        let name = event["model"].as_str().unwrap();
+        if runtime.adapter(name).unwrap().is_none() {
+            into.lock().unwrap().push(name.into());
+        }
+    });
+    let path = Some(folder.path().join("upper").display().to_string());
+    let config = LoadConfig {
+        models: vec![Model { name: "upper".into(), path }],
+        api_key: Some(Secret("admin".into())),
+        admin_key: Some(Secret("admin".into())),
+        churn_per_s: 20.0,
+        stream: true,
+        output_tokens: Span::exactly(10),
+        arrivals: Arrivals::Closed { connections: 4 },
+        duration_s: 2.0,
+        ..config(&world)
+    };
+    let report = Load::start(config, Some(observer)).unwrap().finish().unwrap();
+    assert_eq!(report.completed, report.sent, "{:?}", report.first_error);
+    assert_eq!(*missing.lock().unwrap(), [""; 0]);
+    let churn = report.churn.unwrap();
+    assert!(churn.registered > 5 && churn.unloaded == churn.registered, "{churn:?}");
 }
 
 fn copy_adapter(from: &str, to: &Path) {
@@ -193,15 +227,15 @@ fn copy_adapter(from: &str, to: &Path) {
 
 #[test]
 fn a_load_that_is_stopped_says_what_came_of_it() {
-    let world = with_step_time(json!({}), 20_000);
+    let world = with_step_time(json!({}), 100_000);
     let config = LoadConfig { output_tokens: Span::exactly(100), ..config(&world) };
     let load = Load::start(config, None).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while load.progress().sent < 64 {
         assert!(Instant::now() < deadline && !load.wait(Duration::from_millis(5)));
     }
     load.stop();
-    assert!(load.wait(Duration::from_secs(10)));
+    assert!(load.wait(Duration::from_secs(20)));
     let report = load.finish().unwrap();
     assert_eq!((report.sent, report.unfinished, report.completed), (64, 64, 0), "{report:?}");
     world.wait_until("nothing runs", |stats| stats.running + stats.waiting == 0);
@@ -232,7 +266,7 @@ fn answers_that_end_early_are_broken_and_closed_connections_are_not() {
         stream,
         num_requests: Some(count),
         arrivals: Arrivals::Closed { connections: 1 },
-        timeout_s: 5.0,
+        timeout_s: 20.0,
         ..LoadConfig::default()
     };
     let report = run(one_by_one(answering(vec![WHOLE, WHOLE, WHOLE]), false, 3));

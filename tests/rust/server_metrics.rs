@@ -1,6 +1,7 @@
 //! The Prometheus exposition, and what is built on it.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+mod processor_time;
 mod server_world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use slora_core::EngineConfig;
 
-use server_world::{Response, World, adapter_root, completion, copy_adapter, example, with};
+use server_world::{HELD, Response, World, adapter_root, completion, copy_adapter, example, with};
 
 /// A parsed exposition: every series has its family's header before it, and families come once.
 struct Exposition {
@@ -173,12 +174,15 @@ fn figures_are_those_of_what_happened() {
 #[test]
 fn a_requests_time_is_split_into_queue_prefill_and_decode() {
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
-    let world = World::with(json!({}), engine, Duration::from_millis(10));
-    let body = completion(10).to_string();
+    let world = World::with(json!({}), engine, HELD);
+    let body = completion(50).to_string();
     let started = Instant::now();
     let first = world.open("POST", "/v1/completions", &[], Some(&body));
     world.wait_until("the first one runs", |stats| stats.running == 1);
     let second = world.open("POST", "/v1/completions", &[], Some(&body));
+    world.wait_for_metric("", "slora:unfinished_requests 2");
+    let held = started.elapsed().as_secs_f64();
+    world.set_step_time(Duration::from_millis(10));
     assert_eq!([Response::read(first).status, Response::read(second).status], [200, 200]);
     let elapsed = started.elapsed().as_secs_f64();
     let found = Exposition::parse(&world.get("/metrics").body);
@@ -186,10 +190,11 @@ fn a_requests_time_is_split_into_queue_prefill_and_decode() {
         assert_eq!(found.value(&format!("vllm:request_{phase}_seconds_count"), None), 2.0, "{phase}");
         found.value(&format!("vllm:request_{phase}_seconds_sum"), None)
     };
-    // Each runs for ten steps of 10 ms: the first step is its prefill, and the second request waits for all of the first.
-    assert!((0.08..elapsed).contains(&sum("queue_time")), "{}", sum("queue_time"));
-    assert!((0.01..0.1).contains(&sum("prefill_time")), "{}", sum("prefill_time"));
-    assert!((0.18..elapsed).contains(&sum("decode_time")), "{}", sum("decode_time"));
+    // Each runs for fifty steps of 10 ms: the first step is its prefill, the very first one a held one, and the second
+    // request waits for all others of the first.
+    assert!((0.3..elapsed).contains(&sum("queue_time")), "{}", sum("queue_time"));
+    assert!((0.01..held + 0.5).contains(&sum("prefill_time")), "{}", sum("prefill_time"));
+    assert!((0.7..elapsed).contains(&sum("decode_time")), "{}", sum("decode_time"));
     let parts = sum("prefill_time") + sum("decode_time");
     assert!((sum("inference_time") - parts).abs() < 1e-4);
     let whole = found.value("vllm:e2e_request_latency_seconds_sum", None);
@@ -208,11 +213,12 @@ fn an_exposition_with_ten_thousand_adapters_is_small_and_fast() {
         assert_eq!(world.post("/v1/completions", &body).status, 200);
     }
     let scrape = || {
-        let asked = Instant::now();
+        let start = processor_time::of_process();
         let body = world.get("/metrics").body;
-        (asked.elapsed(), body)
+        (processor_time::of_process() - start, body)
     };
-    let (fastest, body) = (0..5).map(|_| scrape()).min_by_key(|(took, _)| *took).unwrap();
+    // With what other tests of this program take meanwhile, which is nothing in most.
+    let (fastest, body) = (0..50).map(|_| scrape()).min_by_key(|(took, _)| *took).unwrap();
     assert_eq!(Exposition::parse(&body).value("slora:adapters", Some(("state", "registered"))) as u32 / 1000, 9);
     assert!(body.len() <= 256 << 10, "{} bytes", body.len());
     assert!(fastest <= Duration::from_millis(20), "{fastest:?}");

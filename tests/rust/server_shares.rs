@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use slora_core::{EngineConfig, QueueOrder};
 
-use server_world::{Response, World, completion, read_head, with};
+use server_world::{HELD, Response, World, completion, read_head, with};
 
 const FLOOD: [(&str, &str); 1] = [("authorization", "Bearer flood")];
 
@@ -55,7 +55,7 @@ impl Shop {
     }
 
     fn wait_for(&self, what: &str, is_so: impl Fn([u64; 3]) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !is_so(self.unfinished()) {
             assert!(Instant::now() < deadline, "never so: {what}; {:?}", self.unfinished());
             std::thread::sleep(Duration::from_millis(5));
@@ -111,10 +111,12 @@ fn a_flood_of_ten_times_the_queue_takes_no_place_from_a_light_tenant() {
 fn prompt_tokens_and_bytes_are_shared_too() {
     let limits = json!({"max_queued_tokens": 1_000, "max_queued_bytes": 10_000});
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
-    let shop = Shop::open(limits, engine, Duration::from_millis(20));
+    let shop = Shop::open(limits, engine, HELD);
     let long = with(completion(20), json!({"prompt": vec![80; 100], "stream": true})).to_string();
     let sent: Vec<_> = (0..20).map(|_| shop.send_flood(&long)).collect();
+    shop.world.wait_for_metric("light", "slora:rejected_requests_total{cause=\"tenant_queue_full\"} 12");
     shop.wait_for("eight of a hundred tokens each", |[_, tokens, bytes]| (tokens, bytes) == (800, 0));
+    shop.world.set_step_time(Duration::from_millis(1));
     assert_eq!(shop.complete("light").status, 200);
     let refused = sent.into_iter().map(Response::read).filter(is_refused).count();
     assert_eq!(refused, 12);
@@ -162,7 +164,7 @@ fn a_key_has_its_place_again_when_the_engine_has_let_go() {
         let mut finished = metrics.lines().filter(|line| line.starts_with("vllm:request_success_total"));
         finished.any(|line| line.contains("finished_reason=\"abort\"") && line.ends_with(" 1"))
     };
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !is_seen() {
         assert!(Instant::now() < deadline, "the server has not seen that the client has left");
         std::thread::sleep(Duration::from_millis(5));
@@ -200,7 +202,7 @@ fn whatever_clients_do_all_places_come_back() {
     }
     assert!([200, 404, 429].iter().all(|status| statuses.contains_key(status)), "{statuses:?}");
     let whole = with(completion(1), json!({"n": 4}));
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while shop.world.ask("flood", "POST", "/v1/completions", Some(&whole)).status != 200 {
         assert!(Instant::now() < deadline, "a place never comes back");
         std::thread::sleep(Duration::from_millis(5));
@@ -224,7 +226,8 @@ fn whoever_has_its_answer_may_ask_again_at_once() {
 fn a_refused_tenant_does_not_keep_the_connections() {
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
     let limits = json!({"max_queued_requests": 9, "max_connections": 20});
-    let shop = Shop::open(limits, engine, Duration::from_millis(100));
+    let shop = Shop::open(limits, engine, HELD);
+    let num_tasks = shop.world.server.num_tasks();
     let ask = || {
         let body = completion(100).to_string();
         let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer flood\r\ncontent-type: \
@@ -233,6 +236,11 @@ fn a_refused_tenant_does_not_keep_the_connections() {
     };
     let held: Vec<TcpStream> = (0..8).map(|_| ask()).collect();
     shop.wait_for("the flood has its share", |[requests, ..]| requests == 8);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while shop.world.server.num_tasks() > num_tasks + held.len() {
+        assert!(Instant::now() < deadline, "a connection that has ended is still there");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let refused = |stream: TcpStream| {
         let (status, headers) = read_head(&mut BufReader::new(&stream));
         (stream, status, headers.contains(&("connection".into(), "close".into())))
@@ -254,11 +262,11 @@ fn a_refused_tenant_does_not_keep_the_connections() {
 fn one_tenant_alone_may_take_everything() {
     let engine = EngineConfig { max_running: 1, ..EngineConfig::default() };
     let config = json!({"api_keys": ["only"], "admin_keys": ["admin"], "limits": {"max_queued_requests": 9}});
-    let world = World::with(config, engine, Duration::from_millis(200));
+    let world = World::with(config, engine, HELD);
     let bearer = [("authorization", "Bearer only")];
     let body = completion(2).to_string();
     let sent: Vec<_> = (0..10).map(|_| world.open("POST", "/v1/completions", &bearer, Some(&body))).collect();
-    world.wait_until("all are here", |stats| stats.submitted == 10);
+    world.wait_for_metric("admin", "slora:unfinished_requests 10");
     let refused = world.ask("only", "POST", "/v1/completions", Some(&completion(2)));
     assert_eq!(refused.error(), (503, "server_overloaded".into()));
     world.set_step_time(Duration::ZERO);

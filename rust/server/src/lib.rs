@@ -44,6 +44,7 @@ mod sampling;
 mod schema;
 mod server;
 mod sse;
+mod stall;
 mod status;
 mod text_pool;
 mod tokenize;

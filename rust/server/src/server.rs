@@ -21,6 +21,7 @@ use crate::config::ServerConfig;
 use crate::errors::ApiError;
 use crate::log::Log;
 use crate::router::{Peer, router};
+use crate::stall::Stall;
 use crate::watch::Watch;
 use crate::{connection, generation_config, keys_file};
 
@@ -379,7 +380,7 @@ async fn watch_keys(app: Arc<App>) {
 /// Ends the engine when there is something to do and no step is done, and says when it has ended, for whatever reason.
 async fn watch_steps(app: Arc<App>) {
     let timeout = Duration::from_secs_f64(app.config.step_timeout_s);
-    let (mut steps, mut since) = (0, Instant::now());
+    let mut stall = Stall::default();
     loop {
         tokio::time::sleep(WATCH_INTERVAL).await;
         if let State::Failed(reason) = app.runtime.state() {
@@ -388,10 +389,8 @@ async fn watch_steps(app: Arc<App>) {
         }
         let stats = app.runtime.snapshot().engine;
         let has_work = stats.running > 0 || app.runtime.has_commands();
-        if !has_work || stats.steps != steps {
-            (steps, since) = (stats.steps, Instant::now());
-        }
-        if !timeout.is_zero() && since.elapsed() > timeout {
+        let stalled = stall.look(has_work, stats.steps, Instant::now());
+        if !timeout.is_zero() && stalled > timeout {
             app.runtime.fail(&format!("a step took longer than {} s", timeout.as_secs_f64()));
         }
     }

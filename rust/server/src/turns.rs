@@ -119,7 +119,7 @@ fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -138,10 +138,13 @@ mod tests {
     #[tokio::test]
     async fn a_tenant_with_much_to_do_holds_others_up_for_one_turn() {
         let turns = Arc::new(Turns::new(2));
-        let order = Arc::new(Mutex::new(Vec::new()));
+        let (order, may_begin) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
         let ask = |name: &'static str| {
-            let (turns, order) = (turns.clone(), order.clone());
+            let (turns, order, may_begin) = (turns.clone(), order.clone(), may_begin.clone());
             let work = move || {
+                while !may_begin.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 order.lock().unwrap().push(name);
                 std::thread::sleep(Duration::from_millis(2));
                 Ok(())
@@ -154,6 +157,8 @@ mod tests {
         left.abort();
         assert!(left.await.unwrap_err().is_cancelled());
         tasks.push(ask("one"));
+        tokio::task::yield_now().await;
+        may_begin.store(true, Ordering::Relaxed);
         for task in tasks {
             task.await.unwrap().unwrap();
         }
@@ -174,7 +179,7 @@ mod tests {
             tokio::spawn(async move { turns.run(&tenant("anybody"), work).await });
         }
         tokio::task::yield_now().await;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while num_done.load(Ordering::Relaxed) < 20 {
             assert!(Instant::now() < deadline, "{num_done:?} of 20");
             std::thread::sleep(Duration::from_millis(1));

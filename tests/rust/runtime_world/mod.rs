@@ -17,6 +17,8 @@ use slora_text::TextModel;
 const PAGE_BYTES: usize = 32 << 10;
 const NUM_HOST_PAGES: usize = 64;
 
+/// A step's time that is over when another one is set.
+pub const HELD: Duration = Duration::from_secs(3600);
 /// Tokens of one sequence.
 pub const MAX_CONTEXT: u32 = 256;
 
@@ -98,7 +100,7 @@ impl RuntimeWorld {
     }
 
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&slora_core::Stats) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !is_so(&self.runtime.snapshot().engine) {
             assert!(Instant::now() < deadline, "never so: {what}");
             std::thread::sleep(Duration::from_millis(1));
@@ -133,6 +135,7 @@ fn run_steps(runtime: &Runtime, mut stepper: Stepper, script: &[u32], step_us: &
         let started = Instant::now();
         while let left = Duration::from_micros(step_us.load(Ordering::Relaxed)).saturating_sub(started.elapsed())
             && !left.is_zero()
+            && runtime.is_open()
         {
             std::thread::sleep(left.min(Duration::from_millis(5)));
         }

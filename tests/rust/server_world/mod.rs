@@ -7,14 +7,14 @@ mod runtime_world;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::ops::Deref;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use slora_core::EngineConfig;
 use slora_server::{Server, ServerConfig};
 
 use runtime_world::RuntimeWorld;
-pub use runtime_world::{MAX_CONTEXT, copy_adapter, example};
+pub use runtime_world::{HELD, MAX_CONTEXT, copy_adapter, example};
 
 /// What the executor says: one token a letter, the last one for ever after.
 pub const SCRIPT: &str = "abcdefghijklmnopqrstuvwxyz";
@@ -87,10 +87,19 @@ impl World {
 
     pub fn raw(&self, bytes: &str) -> TcpStream {
         let mut stream = TcpStream::connect(self.server.address()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         // The server may answer and close before it has read everything.
         let _ = stream.write_all(bytes.as_bytes());
         stream
+    }
+
+    /// Waits until `/metrics`, which `key` may read, has this line.
+    pub fn wait_for_metric(&self, key: &str, line: &str) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.ask(key, "GET", "/metrics", None).body.lines().any(|found| found == line) {
+            assert!(Instant::now() < deadline, "never so: {line}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Adapters that come and go while requests run.
 
-use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -16,8 +16,6 @@ use super::connection::Connection;
 use super::run::Run;
 use super::{ChurnReport, Latency};
 
-/// A copy that nobody asks for any more stays so long: requests with its name may be on their way.
-const GRACE: Duration = Duration::from_millis(500);
 const ADMIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Replaces adapters by fresh copies under new names, so that each must be loaded anew.
@@ -28,8 +26,9 @@ pub(super) struct Churn<'a> {
     /// Indices of models whose folder is known.
     places: Vec<usize>,
     /// The copy in each model's place.
-    copies: Vec<Option<String>>,
-    retired: VecDeque<(Instant, String)>,
+    copies: Vec<Option<Arc<str>>>,
+    /// Copies that are in no place any more. Requests with their names may be on their way.
+    retired: Vec<Arc<str>>,
     /// Tells these copies from those of other loads on the same server.
     nonce: u32,
     num_copies: u64,
@@ -47,7 +46,7 @@ impl<'a> Churn<'a> {
             connection: None,
             places: (0..models.len()).filter(|index| models[*index].path.is_some()).collect(),
             copies: vec![None; models.len()],
-            retired: VecDeque::new(),
+            retired: Vec::new(),
             nonce: nonce(),
             num_copies: 0,
             registering: Latency::default(),
@@ -64,15 +63,12 @@ impl<'a> Churn<'a> {
                 () = over.notified() => break,
             }
             self.replace().await;
-            while self.retired.front().is_some_and(|(since, _)| since.elapsed() >= GRACE) {
-                self.unload_next().await;
-            }
+            // Requests hold the names that they ask for.
+            let unused = self.retired.extract_if(.., |name| Arc::strong_count(name) == 1).collect();
+            self.unload(unused).await;
         }
-        let left = self.copies.iter_mut().filter_map(Option::take);
-        self.retired.extend(left.map(|copy| (Instant::now(), copy)));
-        while !self.retired.is_empty() {
-            self.unload_next().await;
-        }
+        let left = self.retired.drain(..).chain(self.copies.iter_mut().filter_map(Option::take)).collect();
+        self.unload(left).await;
         ChurnReport { registering: self.registering.summary(), ..self.report }
     }
 
@@ -80,20 +76,19 @@ impl<'a> Churn<'a> {
         let models = &self.run.config.models;
         let Some(place) = self.places.choose(&mut self.random).copied() else { return };
         self.num_copies += 1;
-        let copy = format!("{}.bench-{:08x}-{}", models[place].name, self.nonce, self.num_copies);
+        let copy: Arc<str> = format!("{}.bench-{:08x}-{}", models[place].name, self.nonce, self.num_copies).into();
         let begun = Instant::now();
         if !self.call("PUT", &copy, &json!({"path": models[place].path}).to_string()).await {
             return;
         }
         self.registering.add(begun.elapsed());
         self.report.registered += 1;
-        self.run.set_name(place, &copy);
-        let old = self.copies[place].replace(copy);
-        self.retired.extend(old.map(|old| (Instant::now(), old)));
+        self.run.set_name(place, copy.clone());
+        self.retired.extend(self.copies[place].replace(copy));
     }
 
-    async fn unload_next(&mut self) {
-        if let Some((_, name)) = self.retired.pop_front() {
+    async fn unload(&mut self, names: Vec<Arc<str>>) {
+        for name in names {
             self.report.unloaded += u64::from(self.call("DELETE", &name, "").await);
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Observer;
@@ -25,6 +26,8 @@ pub(super) struct Target {
 pub(super) struct Question {
     pub body: Vec<u8>,
     pub leaves: Option<Leave>,
+    /// Held for as long as it may be asked for.
+    pub _model: Arc<str>,
 }
 
 /// When a client leaves before the end.

@@ -71,8 +71,8 @@ impl Run {
     }
 
     /// Lets requests ask for another name in a model's place.
-    pub fn set_name(&self, place: usize, name: &str) {
-        self.names()[place] = name.into();
+    pub fn set_name(&self, place: usize, name: Arc<str>) {
+        self.names()[place] = name;
     }
 
     fn question(&self, random: &mut SmallRng) -> Question {
@@ -101,7 +101,7 @@ impl Run {
                 Leave::Time(mean.mul_f64(random.random()))
             }
         });
-        Question { body, leaves }
+        Question { body, leaves, _model: model }
     }
 
     /// The `index`-th request; the seed and the index say all about it.

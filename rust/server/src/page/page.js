@@ -42,17 +42,19 @@ async function look() {
 }
 
 async function refresh() {
+  const key = sessionStorage.getItem(KEY);
   let answer;
   try {
     answer = await fetch("status", { headers: headers(), signal: AbortSignal.timeout(5000) });
   } catch {
     return showState("unready", "the server does not answer");
   }
-  if (!answer.ok) {
-    const { error } = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
-    return answer.status === 401 ? askForKey(error.message) : showState("unready", error.message);
-  }
-  show(await answer.json());
+  const found = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
+  // Another key was given meanwhile, or this one forgotten: the answer is not to what is asked now.
+  if (sessionStorage.getItem(KEY) !== key) return;
+  if (answer.ok) return show(found);
+  if (answer.status === 401) return askForKey(found.error.message);
+  showState("unready", found.error.message);
 }
 
 function askForKey(problem) {
