@@ -319,7 +319,7 @@ def test_adapters_change_behind_what_their_task_asked_for() -> None:
         held = llm.stream("ladder", adapter="sort", temperature=0)
         await asyncio.create_task(llm.adapters.pin("sort"))  # another task's turn is its own
         may_go_on.set()
-        assert await read(held) == "adderl"
+        assert await read(held) == "addelr"
 
     run(body)
 
