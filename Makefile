@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-clients gpu-env test-gpu test-gpu-kernels test-gpu-engine sanitize-gpu bench-gpu format clean
+.PHONY: help demo build test lint-rust test-rust lint-python test-python test-wheel wheel bench test-clients sanitize gpu-env test-gpu test-gpu-kernels test-gpu-engine sanitize-gpu bench-gpu format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -82,6 +82,10 @@ bench: $(VENV)/.built $(VENV)/.tools ## Measure bookkeeping, packing and generat
 test-clients: $(VENV)/.built $(VENV)/.tools ## LiteLLM and lm-evaluation-harness against the server; 900 MB more in .venv
 	$(BIN)/pip install --quiet --group clients
 	$(BIN)/python -m pytest tests/python/test_litellm.py tests/python/test_lm_eval.py
+
+sanitize: $(VENV)/.built $(VENV)/.tools ## The emulated kernels under ThreadSanitizer and AddressSanitizer; needs no GPU
+	$(BIN)/python tests/python/sanitize.py thread
+	$(BIN)/python tests/python/sanitize.py address
 
 # Where there is a GPU but no Rust, no history, or torch lies elsewhere:
 #     make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3 COMMIT=…

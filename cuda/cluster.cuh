@@ -43,6 +43,11 @@ __device__ __forceinline__ void store_to_block(float* to, float4 v, u64* barrier
       : "memory");
 }
 
+// Nothing but 16 bytes for the barrier; where they go, nobody reads.
+__device__ __forceinline__ void mark_block(float* unread, u64* barrier, int rank) {
+  store_to_block(unread, make_float4(0, 0, 0, 0), barrier, rank);
+}
+
 // `bytes`, a multiple of 16, between addresses that are, too; they count towards the barrier's phase.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -192,7 +192,7 @@ struct Exchange {
     if (first == 0 && team.size > 1) {
       int i = threadIdx.x;
       if (i == 0) expect_bytes(arrived, (2 * tiles - mine) * TILE * 4 + (team.size - 1) * 16);
-      else if (i < team.size) store_to_block(memory.mark, make_float4(0, 0, 0, 0), arrived, block ^ i);
+      else if (i < team.size) mark_block(memory.mark, arrived, block ^ i);
     }
     for (int e = threadIdx.x * 4; e < n * TILE; e += TEAM_THREADS * 4) {
       float4 tree[TEAM_WARPS];

@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_WARPS * 32) merge_splits(
                 add_scaled(sum, *reinterpret_cast<const float4*>(first + s * STEP + r * HEAD_DIM + column), factor);
             }
             sums[warp][column / 4] = sum;
-            norms[warp] = norm;
+            if (column == 0) norms[warp] = norm;
         }
         __syncthreads();
         for (int c = threadIdx.x; c < HEAD_DIM / 4; c += MERGE_WARPS * 32) {

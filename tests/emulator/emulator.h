@@ -19,6 +19,8 @@
 #include <random>
 #include <vector>
 
+#include "races.h"
+
 using std::isfinite;
 using std::max;
 using std::min;
@@ -26,7 +28,7 @@ using std::min;
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
-#define __shared__ thread_local
+#define __shared__ static
 #define __launch_bounds__(...)
 
 struct alignas(16) uint4 {
@@ -56,9 +58,11 @@ struct Dim {
   int x, y, z;
 };
 
-struct Warp {
+struct Meeting {
   int num_arrived = 0;
   long generation = 0;
+};
+struct Warp : Meeting {
   unsigned long long values[32];
   unsigned operands[32][6];
 };
@@ -66,22 +70,24 @@ struct Barrier {
   int phase = 0;
   bool has_arrived = false;
   long bytes = 0;
+
+  const char* place(int parity) { return (const char*)this + parity; }
 };
-struct Block {
+struct Block : Meeting {
   Dim index;
-  int num_threads, num_arrived = 0, num_done = 0, num_votes = 0;
-  long generation = 0;
+  int num_threads, num_done = 0, num_votes = 0;
   bool has_waited = false; // for pages
   std::vector<uint4> shared;
   std::map<void*, Barrier> barriers;
 };
 struct Copy {
-  void* to;
+  void* to;         // nullptr: nobody reads it
   const void* from; // nullptr: `value` is stored
   int bytes;
   Block* block; // that it goes to
   Barrier* barrier;
   float4 value;
+  std::shared_ptr<char> issued = std::make_shared<char>();
 };
 struct SwapIn {
   void* to;
@@ -113,8 +119,11 @@ inline int swap_in_rounds;          // one arrives about so often; 0: while some
 inline int num_waiting;             // for pages
 inline Lane* lane_now;
 inline jmp_buf scheduler;
-inline int num_arrived;
-inline long generation, progress;
+// Of ThreadSanitizer: this one, the lanes', that of pages, which arrive one after the other, and those of other copies.
+inline Thread main_thread;
+inline std::vector<Thread> lane_threads, page_thread, copy_threads;
+inline Meeting cluster;
+inline long progress;
 inline long num_launches; // of clusters
 inline std::mt19937 chance(1);
 inline std::function<void()> kernel_body;
@@ -130,11 +139,14 @@ inline Dim gridDim;
 }
 // Jumps rather than swapcontext, which calls the system each time.
 inline void yield() {
-  if (!_setjmp(lane_now->place)) _longjmp(scheduler, 1);
+  if (_setjmp(lane_now->place)) return;
+  switch_to(main_thread);
+  _longjmp(scheduler, 1);
 }
 inline void resume(Lane& lane) {
   lane_now = &lane;
   if (_setjmp(scheduler)) return;
+  switch_to(lane_threads[&lane - lanes.data()]);
   if (lane.has_begun) _longjmp(lane.place, 1);
   lane.has_begun = true;
   setcontext(&lane.context);
@@ -147,25 +159,25 @@ void wait_until(F is_over) {
   yield();
   lane_now->is_ready = nullptr;
 }
-inline void __syncwarp() {
-  Warp& warp = *lane_now->warp;
-  long before = warp.generation;
-  if (++warp.num_arrived == 32) {
-    warp.num_arrived = 0, warp.generation++, progress++;
+// Lanes wait until `expected` of them are here; `is_order`: what they did before is done before what they do then.
+inline void meet(Meeting& at, int expected, bool is_order = true) {
+  Unwatched unwatched;
+  long before = at.generation;
+  const char* place = (const char*)&at + before % 2; // who is ahead by a generation is not waited for
+  if (is_order) publish(place);
+  if (++at.num_arrived == expected) {
+    at.num_arrived = 0, at.generation++, progress++;
   } else {
-    wait_until([&] { return warp.generation != before; });
+    wait_until([&] { return at.generation != before; });
   }
+  if (is_order) acquire(place);
 }
-inline void __syncthreads() {
-  Block& block = *lane_now->block;
-  long before = block.generation;
-  if (++block.num_arrived == block.num_threads) {
-    block.num_arrived = 0, block.generation++, progress++;
-  } else {
-    wait_until([&] { return block.generation != before; });
-  }
-}
+inline void __syncwarp() { meet(*lane_now->warp, 32); }
+// Of instructions that all lanes execute at once, but that order no accesses to memory.
+inline void exchange() { meet(*lane_now->warp, 32, false); }
+inline void __syncthreads() { meet(*lane_now->block, lane_now->block->num_threads); }
 inline int __syncthreads_count(bool vote) {
+  Unwatched unwatched;
   Block& block = *lane_now->block;
   block.num_votes += vote;
   __syncthreads();
@@ -176,32 +188,28 @@ inline int __syncthreads_count(bool vote) {
   return count;
 }
 inline bool __syncthreads_and(bool vote) { return __syncthreads_count(vote) == lane_now->block->num_threads; }
-inline void sync_cluster() {
-  long before = generation;
-  if (++num_arrived == (int)lanes.size()) {
-    num_arrived = 0, generation++, progress++;
-  } else {
-    wait_until([&] { return generation != before; });
-  }
-}
+inline void sync_cluster() { meet(cluster, (int)lanes.size(), false); }
 template <typename T>
 T atomicAdd(T* at, T by) {
+  Unwatched unwatched;
   T before = *at;
   *at += by;
   return before;
 }
 inline int atomicMax(int* at, int other) {
+  Unwatched unwatched;
   int before = *at;
   *at = max(before, other);
   return before;
 }
 template <typename T>
 T __shfl_sync(unsigned, T value, int from) {
+  Unwatched unwatched;
   Warp& warp = *lane_now->warp;
   memcpy(&warp.values[lane_now->index], &value, sizeof(T));
-  __syncwarp();
+  exchange();
   memcpy(&value, &warp.values[from % 32], sizeof(T));
-  __syncwarp();
+  exchange();
   return value;
 }
 template <typename T>
@@ -255,25 +263,46 @@ void __stcg(T* at, T value) {
   *(T*)aligned(at) = value;
 }
 
+// Something besides the lanes, ordered behind what it acquires, and what its thread did before.
+template <typename F>
+void beside_lanes(const std::vector<Thread>& threads, F work) {
+  publish(&main_thread);
+  switch_to(threads[chance() % threads.size()]);
+  acquire(&main_thread);
+  work();
+  switch_to(main_thread);
+}
 inline void swap_in_one() {
   SwapIn one = swap_ins.front();
   swap_ins.pop_front();
-  memcpy(one.to, one.from, one.bytes);
+  beside_lanes(page_thread, [&] {
+    memcpy(one.to, one.from, one.bytes);
+    if (one.word) publish(one.word);
+  });
   if (one.word) *one.word = one.value;
   progress++;
 }
 void finish_copies();
 inline void run_lane() {
+  acquire(&kernel_body);
   kernel_body();
-  lane_now->is_done = true;
-  lane_now->block->num_done++, progress++;
+  publish(&lanes);
+  {
+    Unwatched unwatched;
+    lane_now->is_done = true;
+    lane_now->block->num_done++, progress++;
+  }
   yield();
 }
 inline void run_cluster(int first_block, int num_blocks, int num_threads) {
-  num_launches++;
+  Unwatched unwatched;
+  main_thread = this_thread();
+  num_launches++, cluster = {};
   int num_lanes = num_blocks * num_threads;
   lanes = std::vector<Lane>(num_lanes);
-  while ((int)stacks.size() < num_lanes) stacks.emplace_back(new char[STACK_BYTES]);
+  while ((int)stacks.size() < num_lanes) stacks.emplace_back(new char[STACK_BYTES]), lane_threads.push_back(new_thread());
+  while (page_thread.empty()) page_thread.push_back(new_thread());
+  while (copy_threads.size() < 64) copy_threads.push_back(new_thread());
   warps.assign(num_lanes / 32, Warp());
   blocks.assign(num_blocks, Block());
   for (int i = 0; i < num_blocks; i++) {
@@ -289,6 +318,7 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
     lane.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&lane.context, run_lane, 0);
   }
+  publish(&kernel_body);
   int num_warps = warps.size();
   std::vector<long> asleep_until(num_warps);
   long round = 0, late = chance() % num_blocks * (num_threads / 32);
@@ -314,8 +344,10 @@ inline void run_cluster(int first_block, int num_blocks, int num_threads) {
     if (idle > 10000) fail("deadlock");
   }
   if (!copies.empty()) fail("copies nobody waited for");
+  acquire(&lanes);
 }
 inline void launch(int num_blocks, int num_threads, std::function<void()> body, int cluster = 1) {
+  Unwatched unwatched;
   gridDim = {num_blocks, 1, 1};
   kernel_body = body;
   for (int i = 0; i < num_blocks; i += cluster) run_cluster(i, cluster, num_threads);

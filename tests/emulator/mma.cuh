@@ -5,12 +5,13 @@
 // d[16, 8] += a[16, k] b[k, 8] with a(row, k) and b(k, column) of a warp's operands.
 template <typename A, typename B>
 void multiply(float d[4], unsigned const (&mine)[6], int k, A a, B b) {
+  Unwatched unwatched;
   memcpy(lane_now->warp->operands[lane_now->index], mine, sizeof(mine));
-  __syncwarp();
+  exchange();
   for (int e = 0; e < 4; e++)
     for (int i = 0; i < k; i++)
       d[e] += a(lane_now->index / 4 + e / 2 * 8, i) * b(i, lane_now->index % 4 * 2 + e % 2);
-  __syncwarp();
+  exchange();
 }
 inline void mma_16(float d[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   auto& all = lane_now->warp->operands;

@@ -8,16 +8,21 @@ typedef Element element;
 template <typename At>
 void load_four(unsigned (&out)[4], unsigned address, At at) {
   aligned((const uint4*)(shared_memory + address));
-  auto& all = lane_now->warp->operands;
-  all[lane_now->index][0] = address;
-  __syncwarp();
+  unsigned addresses[32];
+  {
+    Unwatched unwatched;
+    auto& all = lane_now->warp->operands;
+    all[lane_now->index][0] = address;
+    exchange();
+    for (int i = 0; i < 32; i++) addresses[i] = all[i][0];
+    exchange();
+  }
   for (int i = 0; i < 4; i++) {
     auto element_at = [&](int row, int column) {
-      return (unsigned)((const element*)(shared_memory + all[i * 8 + row][0]))[column];
+      return (unsigned)((const element*)(shared_memory + addresses[i * 8 + row]))[column];
     };
     out[i] = at(element_at, lane_now->index / 4, lane_now->index % 4 * 2);
   }
-  __syncwarp();
 }
 inline void load_matrices(unsigned (&out)[4], unsigned address) {
   load_four(out, address, [](auto at, int g, int t) { return at(g, t) | at(g, t + 1) << 16; });
