@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed: `>&-`
+            sys.stdout.flush()
         return code
     except SloraError as error:
         print(f"slora: {type(error).__name__}: {error}", file=sys.stderr)
@@ -78,7 +79,11 @@ def _report(error: OSError) -> int:
 @contextmanager
 def ends_at_once() -> Iterator[None]:
     """Ctrl-C ends the process meanwhile: importing torch loses a KeyboardInterrupt now and then, or breaks by it."""
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as by a shell's `&`: it stays so
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         yield
     finally:

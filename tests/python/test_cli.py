@@ -1,6 +1,7 @@
 """The `slora` command."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from conftest import ADAPTERS, BASE, NAMES
 from device import flags
 
 from slora import demo
-from slora.cli import main
+from slora.cli import ends_at_once, main
 
 no_engine = pytest.mark.cpu_only(reason="no engine")
 
@@ -126,6 +127,23 @@ def test_output_that_nobody_takes_is_one_line_at_most(reader: str, error: str) -
     command = f"{sys.executable} -m slora adapters ls {ADAPTERS} --base {BASE} {reader}; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr.strip()) == (1, error)
+
+
+@no_engine
+def test_without_a_standard_output_it_works() -> None:
+    command = f"{sys.executable} -m slora adapters ls {ADAPTERS} --base {BASE} >&-"
+    process = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@no_engine
+def test_ctrl_c_that_is_ignored_stays_so_while_it_loads() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ends_at_once():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @no_engine
