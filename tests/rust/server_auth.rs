@@ -3,9 +3,11 @@
 
 mod server_world;
 
+use std::fs::File;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::time::{Duration, Instant};
+use std::os::unix::fs::symlink;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -135,6 +137,33 @@ fn keys_of_a_file_are_users_and_an_empty_file_lets_nobody_in() {
     std::fs::write(&keys, json!({"keys": []}).to_string()).unwrap();
     let world = World::configured(json!({"api_keys_file": keys}));
     check(world.server.address(), &with_strangers(&[("user", Caller::Stranger)]));
+}
+
+#[test]
+fn keys_are_read_from_another_file_however_like_the_old_one_it_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let (keys, next) = (folder.path().join("keys.json"), folder.path().join("next"));
+    // As secrets are mounted: a link is led to another file.
+    let put = |name: &str| {
+        let path = folder.path().join(name);
+        let text = json!({"keys": [{"sha256": hash(name), "tenant": "t"}]}).to_string();
+        std::fs::write(&path, text).unwrap();
+        File::options().append(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        symlink(&path, &next).unwrap();
+        std::fs::rename(&next, &keys).unwrap();
+    };
+    put("first");
+    let world = World::configured(json!({"api_keys_file": keys}));
+    // The server reads the file once more in the beginning, so that one change proves nothing.
+    for (old, new) in [("first", "second"), ("second", "third")] {
+        put(new);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while world.ask(new, "GET", "/v1/models", None).status != 200 {
+            assert!(Instant::now() < deadline, "the {new} key is never let in");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(world.ask(old, "GET", "/v1/models", None).status, 401);
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,6 +42,17 @@ struct Entry {
     weight: Option<f64>,
     #[serde(default)]
     priority: Option<i32>,
+}
+
+/// What tells a file from the one that is there next: a key that replaces another leaves the size as it is, and a file that
+/// is copied, unpacked or mounted in another's place may have the same modification time.
+pub(crate) type Stamp = (u64, u64, u64, [i64; 4]);
+
+/// `None`: there is no file.
+pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
+    let file = std::fs::metadata(path).ok()?;
+    let times = [file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()];
+    Some((file.dev(), file.ino(), file.len(), times))
 }
 
 /// Reads and checks the whole file: a file with one bad entry changes nothing. `queue`: the engine's order, without which

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use serde_json::json;
@@ -356,16 +356,14 @@ async fn turn_away(mut stream: TcpStream, place: OwnedSemaphorePermit) {
 /// Reads the keys file again when it changes. A file with a mistake changes nothing.
 async fn watch_keys(app: Arc<App>) {
     let Some(path) = app.config.api_keys_file.clone() else { return };
-    let stamp = |path: &PathBuf| -> Option<(SystemTime, u64)> {
-        let metadata = std::fs::metadata(path).ok()?;
-        Some((metadata.modified().ok()?, metadata.len()))
-    };
     let queue = app.runtime.config().queue;
     let mut seen = None;
     loop {
         let (at, before) = (path.clone(), seen);
-        let changed =
-            move || stamp(&at).filter(|stamp| before != Some(*stamp)).map(|stamp| (stamp, keys_file::read(&at, queue)));
+        let changed = move || {
+            let stamp = keys_file::stamp(&at).filter(|stamp| before != Some(*stamp))?;
+            Some((stamp, keys_file::read(&at, queue)))
+        };
         if let Ok(Some((stamp, keys))) = tokio::task::spawn_blocking(changed).await {
             seen = Some(stamp);
             match keys {
