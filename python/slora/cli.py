@@ -55,8 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     try:
         code: int = options.run(options)
-        if sys.stdout is not None:  # closed: `>&-`
-            sys.stdout.flush()
+        _flush()
         return code
     except SloraError as error:
         print(f"slora: {type(error).__name__}: {error}", file=sys.stderr)
@@ -67,12 +66,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # closed: `>&-`
+        sys.stdout.flush()
+
+
 def _report(error: OSError) -> int:
     """Mostly of stdout: a full disk, or a reader that has enough, such as `head`."""
     if not isinstance(error, BrokenPipeError):
         print(f"slora: {error}", file=sys.stderr)
-    with suppress(OSError, ValueError):  # the interpreter's exit would write what is left once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        _flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # the interpreter's exit would write what is left once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

@@ -130,6 +130,24 @@ def test_output_that_nobody_takes_is_one_line_at_most(reader: str, error: str) -
 
 
 @no_engine
+@pytest.mark.parametrize(("output", "found"), [("", "a table\n"), (">&-", "")])
+def test_what_was_printed_before_another_file_fails_is_there(output: str, found: str) -> None:
+    code = (
+        "import sys\n"
+        "from slora import cli\n"
+        "def run(_):\n"
+        "    print('a table')\n"
+        "    raise OSError(28, 'No space left on device')\n"
+        "cli.run_doctor = run\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    command = ["bash", "-c", f'PYTHONUNBUFFERED= "$0" -c "$1" {output}', sys.executable, code]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    error = "slora: [Errno 28] No space left on device\n"
+    assert (process.returncode, process.stdout, process.stderr) == (1, found, error)
+
+
+@no_engine
 def test_without_a_standard_output_it_works() -> None:
     command = f"{sys.executable} -m slora adapters ls {ADAPTERS} --base {BASE} >&-"
     process = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
