@@ -106,6 +106,19 @@ def test_adapters_come_and_go(served: Served) -> None:
     assert (status, json.loads(text)["error"]["param"]) == (404, "lora_name")
 
 
+def test_the_log_names_the_adapter_of_refused_requests_too() -> None:
+    prompt = {"model": "reverse", "prompt": "x "}
+    refused = [prompt | {"prompt": "x " * 5000}, prompt | {"temperature": -1}]
+    with Served(*EXAMPLE) as served:
+        assert [served.call("/v1/completions", body)[0] for body in [*refused, prompt]] == [400, 400, 200]
+    lines = [json.loads(line) for line in served.log if '"event":"request"' in line]
+    assert [(line["adapter"], line["error"]) for line in lines] == [
+        ("reverse", "context_length_exceeded"),
+        ("reverse", "invalid_value"),
+        ("reverse", None),
+    ]
+
+
 def test_the_base_says_where_it_lies(served: Served) -> None:
     base = json.loads(served.call("/v1/models")[1])["data"][0]
     assert (base["id"], base["root"]) == ("base", str(BASE.absolute()))

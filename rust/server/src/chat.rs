@@ -82,6 +82,7 @@ fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let body = call.body.clone();
     let fields = call.fields(&body)?;
     let target = app.resolve(&call.caller, fields.take("model")?)?;
+    call.record.facts().adapter = target.adapter.clone();
     let streaming = take_streaming(&fields)?;
     let input = take_input(&app, &fields)?;
     let logprobs = take_logprobs(&fields)?;

@@ -94,6 +94,7 @@ fn read(call: &mut Call) -> Result<Asked, ApiError> {
     let body = call.body.clone();
     let fields = call.fields(&body)?;
     let target = app.resolve(&call.caller, fields.take("model")?)?;
+    call.record.facts().adapter = target.adapter.clone();
     let streaming = take_streaming(&fields)?;
     let given = take_prompt(&fields)?;
     let echo = fields.take("echo")?.unwrap_or(false);

@@ -101,7 +101,6 @@ pub(crate) async fn run(call: Call, admitted: Admitted, inference: Inference, pr
         return_token_ids: inference.return_token_ids,
         streaming,
     };
-    record.facts().adapter = target.adapter.clone();
     let stops = sampling.stops.clone();
     let wakes_on_token = streaming.is_on;
     let (adapter, account) = (target.adapter, caller.account());
