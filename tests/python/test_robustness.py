@@ -272,9 +272,11 @@ def test_closing_ends_running_requests_with_an_error() -> None:
         thread.start()
     while not llm.stats().running:
         time.sleep(0.005)
+    start = time.perf_counter()
     llm.close()
     for thread in threads:
         thread.join()
+    assert time.perf_counter() - start < 5
     assert [str(error) for error in errors] == ["the engine is closed"] * 3
     llm.close()
     for call in (llm.stats, lambda: llm.generate("abc"), lambda: llm.adapters["sort"], lambda: list(llm.adapters)):

@@ -354,15 +354,18 @@ fn a_body_that_comes_in_chunks_counts_as_what_it_is() {
 #[test]
 fn a_client_that_leaves_frees_its_request_streaming_or_not_running_or_waiting() {
     let engine = EngineConfig { max_running: 2, ..EngineConfig::default() };
-    // To their ends four requests would take 150 s, longer than anything is waited for.
     let world = World::with(json!({}), engine, Duration::from_millis(300));
     for stream in [false, true] {
         let body = with(completion(250), json!({"stream": stream})).to_string();
         let open = |_| world.open("POST", "/v1/completions", &[], Some(&body));
         let clients: Vec<_> = (0..4).map(open).collect();
         world.wait_until("two run and two wait", |stats| (stats.running, stats.waiting) == (2, 2));
+        let num_steps = || world.runtime.snapshot().engine.steps;
+        let left_at = num_steps();
         drop(clients);
         world.wait_until("nothing is left", |stats| stats.running + stats.waiting == 0 && stats.kv_pages == 0);
+        // The one that runs, one that is planned before the server has seen it, and what a busy machine takes to see it.
+        assert!(num_steps() - left_at <= 3, "{} steps", num_steps() - left_at);
     }
     for line in ["slora:unfinished_requests 0", "slora:disconnects_total 8"] {
         world.wait_for_metric("", line);
@@ -377,10 +380,11 @@ fn a_full_queue_is_a_503_that_says_when_to_come_again() {
     let clients: Vec<_> = (0..3).map(|_| world.open("POST", "/v1/completions", &[], Some(&body))).collect();
     world.wait_for_metric("", "slora:unfinished_requests 3");
     for stream in [false, true] {
-        // At once: no place comes free.
+        let asked = Instant::now();
         let response = world.post("/v1/completions", &with(completion(1), json!({"stream": stream})));
         assert_eq!(response.error(), (503, "server_overloaded".into()));
         assert!((1..=120).contains(&response.header("retry-after").unwrap().parse::<u32>().unwrap()));
+        assert!(asked.elapsed() < Duration::from_millis(200), "{:?}", asked.elapsed());
     }
     world.set_step_time(Duration::ZERO);
     for client in clients {
@@ -420,7 +424,11 @@ fn a_failed_engine_ends_open_streams_with_an_error_event() {
     let failed = Instant::now();
     let mut rest = String::new();
     reader.read_to_string(&mut rest).unwrap();
-    assert!(failed.elapsed() < Duration::from_secs(10), "by itself it would have gone on for 25 s");
+    assert!(
+        failed.elapsed() < Duration::from_secs(2),
+        "{:?}; by itself it would have gone on for 25 s",
+        failed.elapsed()
+    );
     assert!(rest.contains("data: {\"error\":{") && rest.contains("out of memory"), "{rest}");
     assert!(!rest.contains("[DONE]"), "a broken stream is not a whole one");
     assert_eq!(Response::read(whole).error(), (503, "service_unavailable".into()));
@@ -435,18 +443,22 @@ fn a_step_that_takes_too_long_ends_the_engine() {
     let world = World::with(json!({"step_timeout_s": 1.0}), EngineConfig::default(), Duration::ZERO);
     assert_eq!(world.post("/v1/completions", &completion(3)).status, 200);
     world.set_step_time(HELD);
+    let asked = Instant::now();
     let response = world.post("/v1/completions", &completion(100));
     assert_eq!(response.error(), (503, "service_unavailable".into()));
     assert!(response.body.contains("a step took longer than 1 s"), "{}", response.body);
+    assert!(asked.elapsed() < Duration::from_secs(3), "{:?}", asked.elapsed());
 }
 
 #[test]
 fn a_step_thread_that_hangs_before_anything_runs_is_noticed_too() {
     let world = World::configured(json!({"step_timeout_s": 0.3}));
     let _held = hold(&world);
+    let asked = Instant::now();
     let response = world.post("/v1/completions", &completion(1));
     assert_eq!(response.error(), (503, "service_unavailable".into()));
     assert!(response.body.contains("a step took longer than 0.3 s"), "{}", response.body);
+    assert!(asked.elapsed() < Duration::from_millis(2300), "{:?}", asked.elapsed());
 }
 
 #[test]
@@ -456,7 +468,7 @@ fn slow_headers_and_bodies_are_cut_off() {
     let mut answer = String::new();
     let asked = Instant::now();
     let _ = silent.read_to_string(&mut answer);
-    assert!(asked.elapsed() < Duration::from_secs(10), "{answer}");
+    assert!(asked.elapsed() < Duration::from_secs(2), "{answer}");
     let world = World::configured(json!({"limits": {"body_timeout_s": 0.2}}));
     let head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{";
     let mut slow = world.raw(head);

@@ -5,7 +5,6 @@ mod server_world;
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use slora_core::EngineConfig;
 use slora_server::Secret;
 use slora_server::load::{Arrivals, Load, LoadConfig, Model, Observer, Popularity, Report, Span};
 
-use server_world::{World, example};
+use server_world::{World, copy_adapter};
 
 fn config(world: &World) -> LoadConfig {
     LoadConfig { url: format!("http://{}", world.server.address()), duration_s: 60.0, ..LoadConfig::default() }
@@ -216,13 +215,6 @@ fn a_copy_stays_for_as_long_as_somebody_asks_for_it() {
     assert_eq!(*missing.lock().unwrap(), [""; 0]);
     let churn = report.churn.unwrap();
     assert!(churn.registered > 5 && churn.unloaded == churn.registered, "{churn:?}");
-}
-
-fn copy_adapter(from: &str, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        std::fs::copy(example("adapters").join(from).join(file), to.join(file)).unwrap();
-    }
 }
 
 #[test]

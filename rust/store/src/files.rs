@@ -150,12 +150,11 @@ fn only_sub_folder(path: &Path) -> Result<PathBuf, AdapterError> {
         _ => {
             candidates.sort();
             let names = candidates.iter().take(MAX_CANDIDATES_SHOWN).filter_map(|p| p.file_name());
-            let mut names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+            let mut shown: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
             if candidates.len() > MAX_CANDIDATES_SHOWN {
-                names.push("…".into());
+                shown.push("…".into());
             }
-            let candidates = names;
-            Err(AdapterError::AmbiguousFolder { path: path.to_path_buf(), candidates })
+            Err(AdapterError::AmbiguousFolder { path: path.to_path_buf(), candidates: shown })
         }
     }
 }
