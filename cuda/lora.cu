@@ -29,7 +29,7 @@ __device__ __forceinline__ Segment describe(
     const Pool& pool, const Group& group, const Work& work, int layer, int adapter, int first_row, int num_rows, int most_few,
     int sum_chunks) {
   Segment s = {first_row, num_rows, adapter};
-  s.sum_chunks = DTYPE != 0 && num_rows > most_few ? sum_chunks : 0;
+  bool is_many = num_rows > most_few;
   int num_splits = 0, stride = row_bytes(group.in);
   const char* follows = nullptr; // where the next module's A is if there is no split
   for (int m = 0; m < group.num_modules && adapter >= 0; m++) {
@@ -39,6 +39,7 @@ __device__ __forceinline__ Segment describe(
     SegmentModule& to = s.modules[m];
     to.rank = rank, to.first_rank = s.ranks;
     if (!rank) continue;
+    is_many |= HAS_CLUSTER && rank > UNIT_RANKS;
     to.scale = __int_as_float(words[1]);
     to.b_split = b_first;
     to.b.first = far_row(pool, adapter, module, 7, 0);
@@ -59,6 +60,7 @@ __device__ __forceinline__ Segment describe(
   }
   if (!num_splits) s.a_split = s.ranks;
   s.is_far |= num_splits > 1;
+  s.sum_chunks = DTYPE != 0 && is_many ? sum_chunks : 0;
   s.out_columns = HAS_CLUSTER && sum_chunks == SUM_CHUNKS ? OUT_COLUMNS : OUT_COLUMNS / 4;
   s.sums_stride = HAS_CLUSTER ? work.sums_stride * (SUM_CHUNKS / sum_chunks) : work.sums_stride;
   return s;

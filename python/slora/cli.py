@@ -13,7 +13,7 @@ from typing import Any
 
 from slora import __version__, _core, config
 from slora.errors import AdapterError, LoadError, SloraError, UnknownAdapterError
-from slora.options import DTYPES, Options, refuse_adapter
+from slora.options import DEFAULT_MAX_RANK, DTYPES, Options, refuse_adapter
 
 EXAMPLES = """examples:
   slora demo                                              the embedded example, on whatever this machine has
@@ -219,6 +219,8 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for warning in report["warnings"]:
         print(f"warning: {warning['message']}")
+    if report["max_rank"] > DEFAULT_MAX_RANK:
+        print(f"on CUDA the engine needs max_rank = {report['max_rank']}; the default is {DEFAULT_MAX_RANK}")
 
 
 def _range(least: float, most: float) -> str:

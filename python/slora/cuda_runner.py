@@ -23,6 +23,7 @@ from slora.memory import HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
+from slora.options import DEFAULT_MAX_RANK
 from slora.plan import HAS_LORA, Counts, DevicePlan, PlanLayout, StepPlan
 from slora.runner import PROMPT_LOGPROB_ROWS, StepOutput
 from slora.sampling import LogProbs, log_probs
@@ -43,6 +44,8 @@ class StepShape(NamedTuple):
     has_lora: bool
     has_splits: bool
     """Of decode rows. As the plan's longest sequence decides, there may be none."""
+    has_large: bool = False
+    """An adapter has a linear of so many ranks that it is served otherwise (`DeviceTables.has_large`)."""
 
     @classmethod
     def of(cls, counts: Counts) -> "StepShape":
@@ -92,6 +95,7 @@ class CudaRunner:
         max_running: int,
         max_adapters: int,
         max_adapter_pages: int,
+        max_rank: int = DEFAULT_MAX_RANK,
         host: HostTier | None = None,
     ) -> None:
         device = pool.device
@@ -102,7 +106,8 @@ class CudaRunner:
         self._staging = Staging(self._plan.num_words, device)
         frequencies, scaling = inverse_frequencies(config)
         self._copies = PageCopies(pool, host)
-        self._step = Step(pool, self._tables, self._plan, self._copies.arrived, frequencies.to(device), scaling)
+        rotary = (frequencies.to(device), scaling)
+        self._step = Step(pool, self._tables, self._plan, self._copies.arrived, *rotary, max_rank)
         self._decoder = Decoder(config, weights, backend("cuda"))
         self._sampler = DeviceSampler(self._step, max_running, config.vocab_size)
         self._graphs = Graphs(device)
@@ -134,9 +139,10 @@ class CudaRunner:
         self._copies.wait(counts.copies_needed_step)
         self._plan.upload(plan, self._staging.copy)
         self._tables.update(self._plan)
+        has_large = self._tables.has_large(plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:
-            hidden = self._forward(StepShape.of(counts), plan)
+            hidden = self._forward(StepShape.of(counts)._replace(has_large=has_large), plan)
             if counts.num_sampled:
                 torch.cuda.current_stream().wait_stream(self._returning)  # which has the last step's ids
                 self._sample(hidden, arrays)

@@ -17,7 +17,7 @@ from slora.errors import AdapterError, ConfigError, RequestError
 from slora.host import HostMemory, allocate_host
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
-from slora.options import GIB, Options
+from slora.options import DEFAULT_MAX_RANK, GIB, Options
 from slora.plan import StepPlan
 from slora.runner import AnyRunner, Pending, create_runner
 from slora.weights import Weights, load_weights
@@ -28,9 +28,8 @@ IDLE_WAIT_S = 0.05
 COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
+ANY_RANK = 2**31 - 1
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
-MAX_RANK = {"cpu": None, "cuda": 256}
-"""What the LoRA op's workspace has room for; None: any."""
 MAX_LOADERS = 8
 """Threads that pack adapters: about 1 GB/s each."""
 STEP_COPY_BYTES = 256 << 20
@@ -117,6 +116,7 @@ class Engine:
         self.text = open_text(self.path)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.model_config, self.device)
+        self.max_rank = options.max_rank or (DEFAULT_MAX_RANK if self.device.type == "cuda" else ANY_RANK)
         adapter_paths = options.adapter_paths()
         if (options.max_context or 0) > self.model_config.max_context:
             limit = self.model_config.max_context
@@ -154,6 +154,7 @@ class Engine:
             max_running=limits["max_running"],
             max_adapters=limits["max_adapters"],
             max_adapter_pages=limits["max_adapter_pages"],
+            max_rank=self.max_rank,
             host=HostTier(host.slabs, pool.page_bytes),
         )
         runner.warm_up(limits["max_context"])
@@ -188,6 +189,7 @@ class Engine:
                 page_tokens=options.page_tokens,
                 max_batch_tokens=options.max_batch_tokens,
                 max_running=options.max_running,
+                max_rank=self.max_rank,
                 fraction=options.pool_fraction or DEFAULT_POOL_FRACTION,
             )
         if options.pool_fraction is None:
@@ -198,7 +200,7 @@ class Engine:
         config, longest = self.model_config, options.max_context or self.model_config.max_context
         eos = {*config.eos_token_ids, *(self.text.stop_token_ids if self.text else ())}
         core = _core.Core(
-            make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages, MAX_RANK[self.device.type]),
+            make_base(config, self.path, self.dtype, pool.page_bytes, pool.num_pages, self.max_rank),
             self.text,
             slabs=host.slabs,
             num_ready_slabs=host.num_ready,

@@ -6,6 +6,7 @@ because they run one after the other and leave their results in buffers of their
 """
 
 import gc
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ RECORDED_RUN = 3
 """When a key comes for this time it is recorded: that takes as long as some ten steps, and rare ones come no more."""
 MAX_ROWS = MAX_GRAPH_ROWS
 """Steps of more rows run eagerly: their kernels take longer than their launches."""
+SPARE_BYTES = 256 << 20
+"""What must be free on the device for one more graph, so that nothing else runs out of memory."""
 
 
 def bucket(num_rows: int) -> int:
@@ -33,11 +36,13 @@ class Graphs:
     """Recorded launches by key. A new key runs eagerly a few times, is recorded, and is replayed from then on."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._memory = torch.cuda.graph_pool_handle()
         self._stream, _ = recording_streams(device)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._num_runs: dict[Hashable, int] = {}
         """Of keys that are not recorded."""
+        self._has_room = True
 
     def run(self, key: Hashable, body: Callable[[], object]) -> None:
         """`body` launches the same kernels with the same arguments whenever it is called for `key`."""
@@ -53,9 +58,11 @@ class Graphs:
             self.record(key, body)
 
     def record(self, key: Hashable, body: Callable[[], object]) -> None:
-        """Run it, and record it at once."""
+        """Run it, and record it at once, if the device has room."""
         with RECORDING, _uncollected():
             body()  # also makes what must not come from a graph's memory
+            if not self._check_room():
+                return
             graph = torch.cuda.CUDAGraph()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -69,6 +76,16 @@ class Graphs:
 
     def close(self) -> None:
         self._graphs.clear()
+
+    def _check_room(self) -> bool:
+        if self._has_room and torch.cuda.mem_get_info(self._device)[0] < SPARE_BYTES:
+            self._has_room = False
+            logging.getLogger("slora").warning(
+                "there is no memory left to record more graphs: %d steps are recorded, others take longer; "
+                "hint: a smaller pool",
+                len(self._graphs),
+            )
+        return self._has_room
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slora.models.config import DTYPE_BYTES, ModelConfig
+from slora.options import DEFAULT_MAX_RANK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_POOL_BYTES = 512 << 20
@@ -18,6 +19,8 @@ DEFAULT_POOL_FRACTION = 0.9
 MAX_GRAPH_ROWS, LOGITS_ROWS = 512, 256
 """Rows of the largest recorded step, and of logits at a time for prompts."""
 LIBRARY_BYTES = 256 << 20
+GRAPH_LAYER_BYTES = 48 << 10
+"""What the driver keeps of a layer of a recorded graph: 38 to 47 KB were measured (docs/kernels.md)."""
 ROW_ALIGN_BYTES = 16
 """Rows of an adapter's image start on a multiple of this."""
 
@@ -118,36 +121,57 @@ def device_pool_bytes(
     page_tokens: int | None = None,
     max_batch_tokens: int,
     max_running: int,
+    max_rank: int = DEFAULT_MAX_RANK,
     fraction: float = DEFAULT_POOL_FRACTION,
 ) -> int:
-    """How large a pool the CUDA device still has room for: `fraction` of what is free beside a step's workspace.
+    """How large a pool the CUDA device still has room for: `fraction` of what is free beside a step's workspace and the
+    graphs that are recorded at the start.
 
     Call it when the weights are on the device. The workspace is allocated meanwhile, and torch keeps it for the steps.
     Raises ConfigError if not even two pages fit.
     """
     from slora.errors import ConfigError
 
-    needed = workspace_bytes(config, dtype=dtype, max_batch_tokens=max_batch_tokens, max_running=max_running)
+    sizes = {"max_batch_tokens": max_batch_tokens, "max_running": max_running, "max_rank": max_rank}
+    needed = workspace_bytes(config, dtype=dtype, **sizes)
+    graphs = graph_bytes(config, dtype=dtype, max_running=max_running)
     before, total = torch.cuda.mem_get_info(device)
     page_bytes = config.page_bytes(page_tokens or config.default_page_tokens(dtype), dtype)
-    if before < needed + 2 * page_bytes / fraction:
+    if before < needed + graphs + 2 * page_bytes / fraction:
         raise ConfigError(
-            f"{before} of {total} bytes are free on {device}; a step of {max_batch_tokens} tokens needs {needed}, and "
-            f"2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens"
+            f"{before} of {total} bytes are free on {device}; a step of {max_batch_tokens} tokens needs {needed}, "
+            f"recorded graphs {graphs}, and 2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens"
         )
     workspace = _allocate(needed, torch.device(device))
-    free = torch.cuda.mem_get_info(device)[0]
+    free = torch.cuda.mem_get_info(device)[0] - graphs
     del workspace
     return int(free * fraction) // page_bytes * page_bytes
 
 
-def workspace_bytes(config: ModelConfig, *, dtype: str, max_batch_tokens: int, max_running: int) -> int:
-    """What a step holds at most, generously: activations and deltas of a layer, logits, libraries' workspace."""
+def workspace_bytes(
+    config: ModelConfig, *, dtype: str, max_batch_tokens: int, max_running: int, max_rank: int = DEFAULT_MAX_RANK
+) -> int:
+    """What a step holds at most, generously: activations and deltas of a layer, LoRA's sums, logits, libraries'
+    workspace."""
+    rows = max_batch_tokens + MAX_GRAPH_ROWS
+    sums = rows * 3 * max_rank * 16  # three linears share x, and a row has four partial sums for each of their ranks
+    logits = 2 * max(max_running, LOGITS_ROWS) * config.vocab_size * 16
+    return rows * _row_bytes(config, dtype) + sums + logits + LIBRARY_BYTES
+
+
+def graph_bytes(config: ModelConfig, *, dtype: str, max_running: int) -> int:
+    """What the graphs hold that are recorded at the start: activations and logits, which do not come from the
+    workspace, and what the driver keeps. Four graphs for each size: with and without adapters and splits."""
+    rows = min(max_running, MAX_GRAPH_ROWS)
+    launches = 4 * (rows // 8 + 4) * config.num_layers * GRAPH_LAYER_BYTES
+    return MAX_GRAPH_ROWS * _row_bytes(config, dtype) + rows * config.vocab_size * 4 + launches
+
+
+def _row_bytes(config: ModelConfig, dtype: str) -> int:
+    """Activations and deltas of a token row in a layer."""
     c = config
     widths = 4 * c.hidden_size + 2 * (c.q_size + 2 * c.kv_size) + 2 * c.q_size + 5 * c.intermediate_size
-    activations = (max_batch_tokens + MAX_GRAPH_ROWS) * widths * DTYPE_BYTES[dtype]
-    logits = 2 * max(max_running, LOGITS_ROWS) * c.vocab_size * 16
-    return activations + logits + LIBRARY_BYTES
+    return widths * DTYPE_BYTES[dtype]
 
 
 class HostTier:

@@ -10,7 +10,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 QUEUES = ("fcfs", "fair")
 GIB = 1 << 30
-_COUNTS = ("page_tokens", "max_batch_tokens", "max_running", "max_waiting", "max_adapters", "max_context")
+DEFAULT_MAX_RANK = 256
+"""On CUDA."""
+_COUNTS = ("page_tokens", "max_batch_tokens", "max_running", "max_waiting", "max_adapters", "max_rank", "max_context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Options:
     max_waiting: int = 10_000
     max_adapters: int = 256
     """Distinct adapters among the running requests; any number may be registered."""
+    max_rank: int | None = None
+    """Of the linears of an adapter, at most; None: 256 on CUDA, whose workspace grows with it, any on the CPU."""
     max_context: int | None = None
     """Tokens of one sequence; None: the model's limit. Lowered, with a warning, to what the pool holds."""
     queue: str = "fcfs"

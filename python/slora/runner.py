@@ -13,6 +13,7 @@ from slora.memory import LOGITS_ROWS, HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
+from slora.options import DEFAULT_MAX_RANK
 from slora.plan import PlanLayout, StepPlan
 from slora.sampling import LogProbs, Sampler, log_probs
 from slora.weights import Weights
@@ -169,9 +170,10 @@ def create_runner(
     max_running: int,
     max_adapters: int,
     max_adapter_pages: int,
+    max_rank: int = DEFAULT_MAX_RANK,
     host: HostTier | None = None,
 ) -> "AnyRunner":
-    """The executor for the pool's device. `layout` is that of the plans it will get."""
+    """The executor for the pool's device. `layout` is that of its plans; workspace is made for `max_rank`."""
     if pool.device.type == "cuda":
         from slora.cuda_runner import CudaRunner
 
@@ -183,6 +185,7 @@ def create_runner(
             max_running=max_running,
             max_adapters=max_adapters,
             max_adapter_pages=max_adapter_pages,
+            max_rank=max_rank,
             host=host,
         )
     return Runner(

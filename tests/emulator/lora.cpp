@@ -50,7 +50,7 @@ extern "C" void forget_swap_ins() { swap_ins.clear(); }
 extern "C" void sizes(int* to) {
   to[0] = sizeof(Segment) / 4, to[1] = THREADS, to[2] = MAX_SEGMENTS;
 #if HAS_CLUSTER
-  to[3] = sizeof(ClusterMemory);
+  to[3] = sizeof(ClusterMemory), to[7] = UNIT_RANKS;
 #endif
 #if DTYPE != 0
   to[4] = sizeof(ShrinkMemory), to[5] = sizeof(ExpandMemory<1>), to[6] = sizeof(ExpandMemory<2>);

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from slora.kernels import cuda
-from slora.kernels.lora import _GATE_UP, CLUSTERS, Lora, Shrunk
+from slora.kernels.lora import _GATE_UP, CLUSTERS, UNIT_RANKS, Lora, Shrunk
 from slora.kernels.page_copy import _write_value
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,7 @@ def make_config(shape: str) -> ModelConfig:
 class World:
     """A pool with some adapters of random ranks and targets, pages in random order, NaN where nobody wrote."""
 
-    has_prefill = True
+    has_prefill, has_large = True, False
     cluster: int | None = None
     """One of CLUSTERS, or what is chosen for `num_rows`."""
     num_rows: int | None = None
@@ -75,7 +75,7 @@ class World:
         self.arrived = torch.zeros(1, dtype=torch.int64, device="cuda")
         self.needed_step = torch.zeros(1, dtype=torch.int32, device="cuda")
         limits, words = {"max_rows": max_rows, "max_segments": max_rows}, (self.arrived, self.needed_step)
-        self.lora = Lora(self.pool, self.modules, self.pages, swap_ins=words, **limits)
+        self.lora = Lora(self.pool, self.modules, self.pages, max_rank=max(256, *ranks), swap_ins=words, **limits)
         self.plan = torch.zeros(2 * max_rows + 2, dtype=torch.int32, device="cuda")
         self.max_rows = max_rows
 
@@ -102,7 +102,7 @@ class World:
 
     def prepare(self, leaves_expand: bool = False) -> None:
         arrays = (self.plan[:1], self.plan[1:], self.plan[self.max_rows + 2 :])
-        flags = {"has_prefill": self.has_prefill, "leaves_expand": leaves_expand}
+        flags = {"has_prefill": self.has_prefill, "has_large": self.has_large, "leaves_expand": leaves_expand}
         cluster = self.cluster if self.lora.num_clusters else None
         self.lora.prepare(*arrays, num_rows=self.num_rows, cluster=cluster, **flags)
 
@@ -217,6 +217,21 @@ def test_large_ranks_and_pages_of_a_few_rows(cluster: int) -> None:
     assert world.pool.page_bytes // 1280 < 32, "ranks should cross pages"
     for rows in (3, 70, 512):
         world.check(distribution("uniform", rows, 3, world.rng))
+
+
+@pytest.mark.parametrize("has_prefill", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_ranks_beyond_a_clusters_room(dtype: str, has_prefill: bool) -> None:
+    world = World("small", dtype, [UNIT_RANKS + 1, 600, 16])
+    world.has_large, world.has_prefill = True, has_prefill
+    for segments in ([(0, 1)], [(1, 1), (2, 1), (-1, 2), (0, 3), (1, 70)]):
+        world.check(segments)
+    xs = world.inputs(200)
+    world.set_segments([(1, 200)])
+    together = world.run(xs)
+    world.set_segments([(1, 2)])
+    alone = world.run([x[7:9].contiguous() for x in xs])
+    assert all(torch.equal(a[7:9], b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Write = Callable[[Path], None]
 """Fills an empty folder."""
@@ -48,3 +50,17 @@ def safetensors(header: dict[str, Any] | bytes, data: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data
+
+
+def widen(source: Path, target: Path, copies: int) -> None:
+    """Write an adapter that computes the same with `copies` times the rank: exactly, where that is a power of two."""
+    target.mkdir()
+    config = json.loads((source / CONFIG).read_text())
+    tensors = load_file(source / WEIGHTS)
+    for name, weight in tensors.items():
+        is_a = ".lora_A." in name
+        tensors[name] = weight.repeat(copies, 1) if is_a else weight.repeat(1, copies) / copies
+    save_file(tensors, target / WEIGHTS)
+    assert not config["use_rslora"]
+    scaled = {key: config[key] * copies for key in ("r", "lora_alpha")}
+    (target / CONFIG).write_text(json.dumps(config | scaled))

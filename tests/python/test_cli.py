@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoint import widen
 from conftest import ADAPTERS, BASE, NAMES
 from device import flags
 
@@ -73,6 +74,13 @@ def test_adapters_check_accounts_for_every_tensor(capsys: pytest.CaptureFixture[
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["tensors"]) == 56
+
+
+@no_engine
+def test_adapters_check_says_what_large_ranks_need(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    widen(ADAPTERS / "count", tmp_path / "wide", 16)
+    assert main(["adapters", "check", str(tmp_path / "wide"), "--base", str(BASE)]) == 0
+    assert "needs max_rank = 384; the default is 256" in capsys.readouterr().out
 
 
 @no_engine

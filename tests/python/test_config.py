@@ -210,7 +210,7 @@ def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: 
     with pytest.raises(SystemExit) as end:
         main(["serve", str(BASE), "--max-lora-rank", "64"])
     assert end.value.code == 2
-    assert "hint: any rank is served" in capsys.readouterr().err
+    assert "hint: --max-rank, which only ranks above 256 need" in capsys.readouterr().err
     assert hint("adaptor-dir") == "did you mean --adapter-dir?"
     assert hint("zzz") == "slora serve --help lists what there is"
 

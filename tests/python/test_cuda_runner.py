@@ -14,10 +14,12 @@ import torch
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.engine import choose_device
 from slora.errors import ConfigError, DeviceError
-from slora.graphs import RECORDED_RUN, Graphs
+from slora.graphs import RECORDED_RUN, SPARE_BYTES, Graphs
 from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS, Attention
 from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
+from slora.kernels.descriptors import DeviceTables
+from slora.kernels.lora import UNIT_RANKS
 from slora.kernels.nvrtc import cached_by_device
 from slora.kernels.streams import RECORDING
 from slora.plan import HAS_LORA, Counts
@@ -47,7 +49,7 @@ def fake_runner(log: list[str]) -> Any:
         SimpleNamespace(upload=lambda plan, how: how()),
         SimpleNamespace(copy=lambda: note("upload")),
     )
-    runner._tables = SimpleNamespace(update=lambda plan: None)
+    runner._tables = SimpleNamespace(update=lambda plan: None, has_large=lambda plan: False)
     runner._sampler = SimpleNamespace(reset=lambda plan: None)
     runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
     runner._graphs = SimpleNamespace(run=lambda key, body: note(f"replay {key.num_rows}"))
@@ -123,11 +125,55 @@ def test_a_shape_that_comes_often_is_recorded() -> None:
     assert log == ["often", "seldom", "often", "seldom", "record often", "replay often"]
 
 
+def test_no_graph_is_recorded_into_the_last_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = [SPARE_BYTES]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 << 30))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: pytest.fail("recorded"))
+    log: list[str] = []
+    graphs: Any = Graphs.__new__(Graphs)
+    graphs._device, graphs._graphs, graphs._num_runs, graphs._has_room = None, {"old": None}, {}, True
+    assert graphs._check_room()
+    free[0] -= 1
+    graphs.record("start", lambda: log.append("start"))
+    for _ in range(RECORDED_RUN + 2):
+        graphs.run("often", lambda: log.append("often"))
+    assert log == ["start", *["often"] * (RECORDED_RUN + 2)]
+    assert ["more graphs: 1 steps are recorded" in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("rank", [UNIT_RANKS, UNIT_RANKS + 1])
+def test_large_ranks_are_known_by_the_plans_that_bring_and_use_them(rank: int) -> None:
+    tables: Any = DeviceTables.__new__(DeviceTables)
+    tables.num_modules, tables._large_rows = 14, set()
+    arrays: dict[str, np.ndarray] = {}
+
+    def has_large(rows: list[int], *segments: int) -> bool:
+        """A plan that brings descriptors for `rows`, with `rank` in one linear, and has segments of these adapters."""
+        modules = np.full((32, 14, 12), 99999, np.int32)  # beyond what changed lies anything
+        modules[: len(rows), :, 0] = 3
+        modules[: len(rows), 13, 0] = rank
+        arrays.update(changed_rows=np.array(rows, np.int32), changed_modules=modules.reshape(-1))
+        arrays["seg_adapter"] = np.array(segments, np.int32)
+        counts = NOTHING._replace(num_changed=len(rows), num_segments=len(segments))
+        return bool(tables.has_large(SimpleNamespace(counts=counts, array=arrays.__getitem__)))
+
+    is_large = rank > UNIT_RANKS
+    assert not has_large([], 0, -1)
+    assert has_large([2, 7], 0, 2, -1) == is_large
+    assert has_large([], 7) == is_large
+    assert not has_large([], 0, -1)
+    rank = 8  # another adapter takes the place
+    assert not has_large([7], 7, 0)
+    assert has_large([], 2) == is_large
+
+
 def test_no_two_engines_use_the_streams_for_recording_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies have branches on them, recorded or not. A collection might wait for a step thread that waits for them."""
     is_alone: list[bool] = []
     graphs: Any = Graphs.__new__(Graphs)
-    graphs._graphs, graphs._num_runs, graphs._memory = {}, {}, None
+    graphs._graphs, graphs._num_runs, graphs._memory, graphs._check_room = {}, {}, None, lambda: True
     graphs._stream = SimpleNamespace(wait_stream=lambda stream: None)
     recorded = SimpleNamespace(capture_begin=lambda **_: None, capture_end=lambda: None, replay=lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorded)

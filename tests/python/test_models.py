@@ -68,6 +68,7 @@ ADAPTERS: dict[str, dict] = {
     "three": {"r": 3, "target_modules": LINEARS[4:], "use_rslora": True, "lora_alpha": 7},
     "all": {"r": 16, "target_modules": LINEARS, "rank_pattern": {"v_proj": 20}, "alpha_pattern": {"o_proj": 3}},
     "last": {"r": 64, "target_modules": LINEARS, "layers_to_transform": [2]},
+    "large": {"r": 300, "target_modules": ["k_proj", "up_proj"]},
 }
 
 

@@ -103,6 +103,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "max_running": ({"max_running": 0}, "max_running = 0.*between 1"),
     "max_batch_tokens": ({"max_batch_tokens": -1}, "max_batch_tokens = -1"),
     "max_waiting": ({"max_waiting": "many"}, "many.*integer"),
+    "max_rank": ({"max_rank": 0}, "max_rank = 0.*between 1"),
     "max_context": ({"max_context": 4096}, "4096.*1024"),
     "seed": ({"seed": -1}, "seed = -1"),
     "adapters": ({"adapters": [ADAPTERS]}, "adapters is of type list.*hint: a mapping"),

@@ -1,12 +1,14 @@
 """Descriptors of the running adapters on the device."""
 
+import numpy as np
 import torch
 
 from slora.kernels import nvrtc
 from slora.kernels.adapters import MODULE_WORDS, NUM_MODULES
+from slora.kernels.lora import UNIT_RANKS
 from slora.kernels.nvrtc import Argument
 from slora.memory import PagePool
-from slora.plan import DevicePlan
+from slora.plan import DevicePlan, StepPlan
 
 THREADS = 256
 
@@ -25,6 +27,7 @@ class DeviceTables:
         self.modules = torch.zeros(shape, dtype=torch.int32, device=pool.device)
         self.pages = torch.zeros((max_adapters, max_adapter_pages), dtype=torch.int32, device=pool.device)
         self._kernel = nvrtc.load("descriptors").kernel("update_descriptors")
+        self._large_rows = set[int]()
 
     def update(self, plan: DevicePlan) -> None:
         """Take over the rows that the uploaded plan changes."""
@@ -33,3 +36,13 @@ class DeviceTables:
             sizes = (self.num_modules * MODULE_WORDS, self.pages.shape[1])
             args: tuple[Argument, ...] = (*(plan[name] for name in names), *sizes, self.modules, self.pages)
             self._kernel(plan.counts.num_changed, THREADS, args)
+
+    def has_large(self, plan: StepPlan) -> bool:
+        """Whether an adapter of the plan has a linear of more than UNIT_RANKS ranks. Every plan must ask, in order."""
+        if plan.counts.num_changed:
+            rows = plan.array("changed_rows").tolist()
+            words = plan.array("changed_modules")[: len(rows) * self.num_modules * MODULE_WORDS]
+            ranks = words.reshape(len(rows), self.num_modules, MODULE_WORDS)[..., 0].max(1)
+            self._large_rows.difference_update(rows)
+            self._large_rows.update(row for row, rank in zip(rows, ranks, strict=True) if rank > UNIT_RANKS)
+        return bool(self._large_rows) and bool(np.isin(plan.array("seg_adapter"), list(self._large_rows)).any())

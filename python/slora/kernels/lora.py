@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slora.errors import DeviceError
 from slora.kernels import nvrtc
-from slora.kernels.adapters import GROUPS, MODULE_WORDS, NUM_MODULES
+from slora.kernels.adapters import GROUPS, NUM_MODULES
 from slora.memory import PagePool
+from slora.options import DEFAULT_MAX_RANK
 
 DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_SEGMENTS = 1024
@@ -31,6 +31,8 @@ _TEAM_THREADS, _LEAVES, _SUM_CHUNKS, _MAX_BLOCKS = 256, 16, 4, 256
 _CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 101376, 40960
 """Shared memory of a block of `lora_cluster`, `lora_shrink`, and for each module that it expands, `lora_expand`."""
 _GATE_UP = 2
+UNIT_RANKS = 256
+"""A unit of a cluster has no room for a linear of more ranks: its segment counts as one of many rows, however few."""
 
 
 class Shrunk(NamedTuple):
@@ -89,7 +91,7 @@ class Lora:
         *,
         max_rows: int,
         max_segments: int = 512,
-        max_rank: int = 256,
+        max_rank: int = DEFAULT_MAX_RANK,
         swap_ins: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
@@ -100,7 +102,7 @@ class Lora:
         assert adapter_pages.is_contiguous()
         assert max_segments <= MAX_SEGMENTS
         config, device = pool.config, pool.device
-        self.max_rows, self.max_rank, self._dtype = max_rows, max_rank, pool.flat.dtype
+        self.max_rows, self._dtype = max_rows, pool.flat.dtype
         self._groups = [_group(config.module_dims, group) for group in GROUPS]
         stride = max(_sums_stride(group.in_size, group.num_modules * max_rank) for group in self._groups)
         num_lists, max_units = config.num_layers * 4, 3 * (max_rows // 8 + max_segments)
@@ -159,21 +161,22 @@ class Lora:
         num_rows: int | None = None,
         has_prefill: bool = True,
         has_few: bool = True,
+        has_large: bool = False,
         leaves_expand: bool = False,
         cluster: int | None = None,
     ) -> None:
         """Make the step's lists from the plan's arrays on the device, int32; `num_segments` is one number.
 
         At most `num_rows` rows. Steps without prefill rows, or without segments of at most MANY_ROWS rows (`has_few`),
-        need fewer kernels for each layer group. With `leaves_expand`, where the types allow it, gate_up's delta is a
-        `Shrunk` for `silu_mul`, and all rows must belong to segments. `cluster`, one of CLUSTERS, overrules the
-        choice by the number of rows.
+        need fewer kernels for each layer group, a linear of more than UNIT_RANKS ranks (`has_large`) more.
+        With `leaves_expand`, where the types allow it, gate_up's delta is a `Shrunk` for `silu_mul`, and all rows must
+        belong to segments. `cluster`, one of CLUSTERS, overrules the choice by the number of rows.
         """
         self._has_few = has_few
         self._num_rows = self.max_rows if num_rows is None else num_rows
         fitting = (size for size in self.num_clusters if self._num_rows <= CLUSTERS[size])
         self._cluster_size = cluster or next(fitting, 0)
-        self._has_many = has_prefill or self._cluster is None
+        self._has_many = has_prefill or has_large or self._cluster is None
         tables = (self._pool, _Groups((_Group * 4)(*self._groups)), self._work)
         most_few = MANY_ROWS if self._has_many else 2**30
         self.leaves_expand = leaves_expand and self._has_many and self._silu_mul is not None
@@ -227,12 +230,6 @@ class Lora:
         if self._cluster is None:
             return _SUM_CHUNKS
         return next((chunks for most, chunks in _PART_ROWS if self._num_rows <= most), _SUM_CHUNKS)
-
-    def check_ranks(self, modules: Tensor) -> None:
-        """Refuse a descriptor [layers * 7, 12] (on the host) whose ranks have no room."""
-        rank = int(modules.view(-1, MODULE_WORDS)[:, 0].max())
-        if rank > self.max_rank:
-            raise DeviceError(f"an adapter has rank {rank}, but the workspace is made for at most {self.max_rank}")
 
     def _bind(self, index: int) -> tuple[nvrtc.Launch, nvrtc.Launch, nvrtc.Launch | None]:
         args = (self._pool, self._groups[index % 4], self._work, index, self._buffers[0])

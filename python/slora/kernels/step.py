@@ -11,6 +11,7 @@ from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
 from slora.kernels.streams import recording_streams
 from slora.memory import PagePool
+from slora.options import DEFAULT_MAX_RANK
 from slora.plan import Counts, DevicePlan
 
 THREADS = 256
@@ -32,12 +33,13 @@ class Step:
         arrived: Tensor,
         frequencies: Tensor,
         scaling: float,
+        max_rank: int = DEFAULT_MAX_RANK,
     ) -> None:
-        """`arrived`: how far the swap-ins are (`PageCopies.arrived`)."""
+        """`arrived`: how far the swap-ins are (`PageCopies.arrived`). `max_rank`: of any linear of an adapter."""
         device = pool.device
         self.pool, self.tables, self.plan = pool, tables, plan
         self.attention = Attention(pool, plan)
-        self._arrived, self._frequencies, self._scaling = arrived, frequencies, scaling
+        self._arrived, self._frequencies, self._scaling, self._max_rank = arrived, frequencies, scaling, max_rank
         self._max_rows, max_sampled = graphs.bucket(plan.capacity["token_ids"]), plan.capacity["sample_rows"]
         self._ids = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
         self._rotation = torch.zeros((self._max_rows, len(frequencies), 2), dtype=torch.float32, device=device)
@@ -61,12 +63,14 @@ class Step:
         has_lora: bool,
         has_splits: bool = True,
         has_few: bool = True,
+        has_large: bool = False,
         is_graph: bool = False,
     ) -> None:
         """Launch what the layers share, for `num_rows` rows with or without decode rows, prefill rows and adapters.
 
-        `has_splits`: decode rows may see more than SPLIT_TOKENS tokens. `has_few`: there may be segments of few rows.
-        `is_graph`: only kernels that a graph may hold are used, whether or not these launches are recorded.
+        `has_splits`: decode rows may see more than SPLIT_TOKENS tokens. `has_few`: there may be segments of few rows,
+        `has_large`: adapters with a linear of more than UNIT_RANKS ranks. `is_graph`: only kernels that a graph may
+        hold are used, whether or not these launches are recorded.
         """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_splits = has_decode, has_prefill, has_splits
@@ -89,7 +93,12 @@ class Step:
         if has_lora:
             segments = (self._count("num_segments"), self.plan["seg_indptr"], self.plan["seg_adapter"])
             self.lora.prepare(
-                *segments, num_rows=num_rows, has_prefill=has_prefill, has_few=has_few, leaves_expand=not is_graph
+                *segments,
+                num_rows=num_rows,
+                has_prefill=has_prefill,
+                has_few=has_few,
+                has_large=has_large,
+                leaves_expand=not is_graph,
             )
 
     @property
@@ -102,6 +111,7 @@ class Step:
                 self.tables.pages,
                 max_rows=self._max_rows,
                 max_segments=min(self.plan.capacity["seg_adapter"], MAX_SEGMENTS),
+                max_rank=self._max_rank,
                 swap_ins=(self._arrived, self._count("copies_needed_step")),
             )
         return self._lora

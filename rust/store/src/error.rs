@@ -237,7 +237,7 @@ pub enum AdapterError {
     #[error("the image takes {pages} pages, the limit is {limit}; hint: give the pool more bytes")]
     TooManyPages { pages: u64, limit: u32 },
     #[error(
-        "{module} of layer {layer} has rank {rank}, this device serves ranks up to {limit}; hint: the CPU serves any"
+        "{module} of layer {layer} has rank {rank}, this engine serves ranks up to {limit}; hint: a larger max_rank"
     )]
     RankTooLarge { module: &'static str, layer: u16, rank: u32, limit: u32 },
 
