@@ -88,12 +88,13 @@ sanitize: $(VENV)/.built $(VENV)/.tools ## The emulated kernels under ThreadSani
 	$(BIN)/python tests/python/sanitize.py address
 
 # Where there is a GPU but no Rust, no history, or torch lies elsewhere:
-#     make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3 COMMIT=…
+#     make bench-gpu WHEEL=dist/slora-….whl GPU_PYTHON=python3 COMMIT=… [BENCHES="step serving"]
 GPU_ENV := target/gpu-env
 GPU_PYTHON ?= $(BIN)/python
 WHEEL ?=
 TOOL ?= both
 OUT ?= benches/results
+BENCHES ?= ops attention lora alternatives step serving generation
 
 # As in test-wheel, but without pip, which may be missing there: a wheel is an archive of what lies in site-packages.
 gpu-env: $(if $(WHEEL),,wheel) $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.built $(VENV)/.tools)
@@ -119,7 +120,7 @@ sanitize-gpu: gpu-env ## The kernels' tests under compute-sanitizer; TOOL=memche
 
 bench-gpu: gpu-env ## Measure kernels, steps and swap-ins of the installed wheel on a CUDA device, into OUT
 	mkdir -p $(OUT)
-	for bench in attention lora alternatives step serving generation; do \
+	for bench in $(BENCHES); do \
 	  $(GPU_ENV)/bin/python benches/kernels/$$bench.py --out $(OUT)/gpu-$$bench.json; \
 	done
 

@@ -2,8 +2,9 @@
 //
 // A layer group is qkv, o, gate_up or down of one layer: `num_modules` linears on the same x [rows, in], with outputs
 // side by side in delta [rows, out]. A's rows of all its modules, one after the other, are its `ranks` rows, in `tiles`
-// of 16. A segment has *many* rows if it has more than the step says, or a module of more ranks than a unit may have, else
-// *few*. Items are worth a warp's while, and their number follows from (in, out, ranks, rows of the segment) alone:
+// of 16. A segment has *many* rows if it has more than the step says, or where there are clusters, a module of more ranks
+// than a unit may have, else *few*. Items are worth a warp's while, and their number follows from (in, out, ranks, rows of
+// the segment) alone:
 //   few       8 rows x one tile x chunk_columns of x
 //   few_out   8 rows x all ranks of a module x item_columns of delta
 //   many      SHRINK_ROWS rows x up to MANY_TILES tiles x sum_chunks chunks

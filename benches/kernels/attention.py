@@ -54,7 +54,7 @@ class AttentionWork:
             self._device_plan = DevicePlan(layout, 0, self.pool.device)
             arrived = torch.zeros(1, dtype=torch.int64, device=device)
             tables = DeviceTables(self.pool, 1, 1)
-            self._step = Step(self.pool, tables, self._device_plan, arrived, self._frequencies, 1.0)
+            self._step = Step(self.pool, tables, self._device_plan, arrived, self._frequencies, 1.0, max_rank=64)
 
     def decode_us(self, num_requests: int, seq_len: int, repeats: int = 20) -> float:
         q = self._prepare([(1, seq_len)] * num_requests)

@@ -8,6 +8,7 @@ Llama-3.1-8B shapes, dummy bf16 weights, greedy, adapters of rank 16 on all seve
     step_REQUESTS_x_ADAPTERS_ms   steps of so many decoding requests, so many adapters in turn; 0: base only
     prompts_ADAPTERS_tok_s        32 prompts of 1,024 tokens and one new token each
     rush_ADAPTERS_tok_s           256 requests at once, 256 tokens in and 128 out; 512 requests for 500 adapters
+    start_s                       until `slora.LLM` is there, with graphs for 512 requests; the weights need no disk
     cold_ms, first_use_ms         what an adapter that is on the host, or was never used, adds to the first token of 512
                                   prompt tokens
 
@@ -49,7 +50,7 @@ class Bench:
     """One engine, its adapters, and the time of answers."""
 
     def __init__(self, folder: Path, num_adapters: int, *, is_tiny: bool, **options: Any) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         shape, device, dtype = (TINY, "cpu", torch.float32) if is_tiny else (LLAMA_8B, "cuda", torch.bfloat16)
         self.scale = 16 if is_tiny else 1
         self.files = write_adapters(folder, shape, RANK, num_adapters, dtype)
@@ -59,6 +60,7 @@ class Bench:
             options["pool_bytes"] = options.pop("adapters_in_pool") * self.files.image_bytes + (
                 1 << (20 if is_tiny else 30)
             )
+        start = time.perf_counter()
         self.llm = slora.LLM(
             write_base(folder, shape),
             adapters=self.files.paths,
@@ -69,6 +71,7 @@ class Bench:
             **{"max_running": 256, "max_batch_tokens": 8192, "host_bytes": (num_adapters + 2) * self.files.image_bytes}
             | options,
         )
+        self.start_s = time.perf_counter() - start
 
     def seconds(self, adapters: list[str | None], prompt_tokens: int, new_tokens: int) -> float:
         """Of a request for each entry of `adapters`, all at once, whose prompts are new."""
@@ -85,6 +88,15 @@ class Bench:
 
     def in_turn(self, num_requests: int, num_adapters: int) -> list[str | None]:
         return [self.names[i % num_adapters] if num_adapters else None for i in range(num_requests)]
+
+
+def starts(folder: Path, *, is_tiny: bool) -> Iterator[tuple[str, Row]]:
+    values = []
+    for number in range(ROUNDS):
+        bench = Bench(folder / str(number), 2, is_tiny=is_tiny, max_running=512)
+        values.append(bench.start_s)
+        bench.llm.close()
+    yield "start_s", row(values, "s")
 
 
 def steps(folder: Path, *, is_tiny: bool) -> Iterator[tuple[str, Row]]:
@@ -138,7 +150,7 @@ def cold(folder: Path, *, is_tiny: bool) -> Iterator[tuple[str, Row]]:
         yield "first_use_ms", added(unused, "registered")
 
 
-PARTS = {part.__name__: part for part in (steps, prompts, rushes, cold)}
+PARTS = {part.__name__: part for part in (starts, steps, prompts, rushes, cold)}
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ what a step with LoRA takes longer: the op before its GEMM, after it, or beside 
 """
 
 import argparse
-import json
 import statistics
-import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -27,6 +26,9 @@ from slora.kernels.adapters import GROUPS, _starts
 from slora.kernels.lora import Lora
 from slora.memory import MAX_GRAPH_ROWS, PagePool
 from slora.models.config import ModelConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import add_output, write_rows
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -322,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer scenarios, no alternatives")
     add_clusters(parser)
-    parser.add_argument("--out", type=Path)
+    add_output(parser, "gpu-lora")
     args = parser.parse_args()
     torch.manual_seed(0)
     scenarios = [s for s in SCENARIOS if not args.quick or ((s.rows, s.adapters) in QUICK and len(s.ranks) in (1, 4))]
@@ -338,11 +340,7 @@ def main() -> None:
     with_torch = not args.quick and not args.few
     pairs = product(scenarios, args.clusters)
     results = [measure(world, s, SIZES[name], with_torch and s.adapters > 1) for s, name in pairs]
-    if args.out:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        about: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}
-        about["commit"] = head.stdout.strip()
-        args.out.write_text(json.dumps(about | {"results": results}, indent=1))
+    write_rows(args, {}, results=results)
 
 
 if __name__ == "__main__":

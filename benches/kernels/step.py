@@ -45,7 +45,8 @@ def main() -> None:
     pool_bytes = 10000 * config.page_bytes(16, "bfloat16")
     pool = PagePool(config, dtype="bfloat16", device="cuda", pool_bytes=pool_bytes, page_tokens=16)
     layout = make_layout(pool.num_pages)
-    runner = CudaRunner(config, weights, pool, layout=layout, max_running=512, max_adapters=4, max_adapter_pages=64)
+    limits = {"max_running": 512, "max_adapters": 4, "max_adapter_pages": 64, "max_rank": 64}
+    runner = CudaRunner(config, weights, pool, layout=layout, **limits)
     planners = [Planner(pool, layout) for _ in range(3)]
     start = time.perf_counter()
     runner.record_graphs(with_lora=False, most_rows=64)

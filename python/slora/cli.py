@@ -220,7 +220,7 @@ def print_report(report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         print(f"warning: {warning['message']}")
     if report["max_rank"] > DEFAULT_MAX_RANK:
-        print(f"on CUDA the engine needs max_rank = {report['max_rank']}; the default is {DEFAULT_MAX_RANK}")
+        print(f"note: on CUDA the engine needs max_rank = {report['max_rank']}; the default is {DEFAULT_MAX_RANK}")
 
 
 def _range(least: float, most: float) -> str:

@@ -1,6 +1,7 @@
 """Runs StepPlans on a CUDA device, without waiting for it: a step is launched while the one before still runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
@@ -19,11 +20,10 @@ from slora.kernels.page_copy import PageCopies
 from slora.kernels.sampling import DeviceSampler
 from slora.kernels.step import Step
 from slora.kernels.upload import Staging
-from slora.memory import HostTier, PagePool
+from slora.memory import HostTier, PagePool, spare_bytes
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
-from slora.options import DEFAULT_MAX_RANK
 from slora.plan import HAS_LORA, Counts, DevicePlan, PlanLayout, StepPlan
 from slora.runner import PROMPT_LOGPROB_ROWS, StepOutput
 from slora.sampling import LogProbs, log_probs
@@ -44,14 +44,14 @@ class StepShape(NamedTuple):
     has_lora: bool
     has_splits: bool
     """Of decode rows. As the plan's longest sequence decides, there may be none."""
-    has_large: bool = False
-    """An adapter has a linear of so many ranks that it is served otherwise (`DeviceTables.has_large`)."""
+    has_large: bool
+    """Adapters have linears of more ranks than clusters have room for."""
 
     @classmethod
-    def of(cls, counts: Counts) -> "StepShape":
+    def of(cls, counts: Counts, has_large: bool = False) -> "StepShape":
         has_decode, has_prefill = counts.num_decode > 0, counts.num_requests > counts.num_decode
         has_splits = has_decode and counts.max_seq_len > SPLIT_TOKENS
-        return cls(counts.num_rows, has_decode, has_prefill, bool(counts.flags & HAS_LORA), has_splits)
+        return cls(counts.num_rows, has_decode, has_prefill, bool(counts.flags & HAS_LORA), has_splits, has_large)
 
     @property
     def is_recordable(self) -> bool:
@@ -95,7 +95,7 @@ class CudaRunner:
         max_running: int,
         max_adapters: int,
         max_adapter_pages: int,
-        max_rank: int = DEFAULT_MAX_RANK,
+        max_rank: int,
         host: HostTier | None = None,
     ) -> None:
         device = pool.device
@@ -110,7 +110,7 @@ class CudaRunner:
         self._step = Step(pool, self._tables, self._plan, self._copies.arrived, *rotary, max_rank)
         self._decoder = Decoder(config, weights, backend("cuda"))
         self._sampler = DeviceSampler(self._step, max_running, config.vocab_size)
-        self._graphs = Graphs(device)
+        self._graphs = Graphs(device, spare_bytes(config, max_running))
         rows = max(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
         self._hidden = torch.zeros((rows, config.hidden_size), dtype=pool.flat.dtype, device=device)
         size = self._plan.capacity["sample_rows"]
@@ -125,12 +125,8 @@ class CudaRunner:
 
     def launch(self, plan: StepPlan) -> CudaPending:
         """Enqueue a refreshed plan, whose buffer may be written again once its result was taken."""
-        try:
+        with _device_errors("a step failed on the device"):
             return self._launch(plan)
-        except DeviceError:
-            raise
-        except RuntimeError as error:  # out of memory, or what an earlier step did is reported by a later call
-            raise DeviceError(f"a step failed on the device: {error}") from error
 
     @torch.inference_mode()
     def _launch(self, plan: StepPlan) -> CudaPending:
@@ -138,11 +134,10 @@ class CudaRunner:
         self._copies.issue(plan, self._ends.get(counts.copies_wait_step))
         self._copies.wait(counts.copies_needed_step)
         self._plan.upload(plan, self._staging.copy)
-        self._tables.update(self._plan)
-        has_large = self._tables.has_large(plan)
+        self._tables.update(plan, self._plan)
         self._sampler.reset(self._plan)
         if counts.num_rows:
-            hidden = self._forward(StepShape.of(counts)._replace(has_large=has_large), plan)
+            hidden = self._forward(StepShape.of(counts, self._tables.has_large(plan)), plan)
             if counts.num_sampled:
                 torch.cuda.current_stream().wait_stream(self._returning)  # which has the last step's ids
                 self._sample(hidden, arrays)
@@ -158,9 +153,10 @@ class CudaRunner:
     def warm_up(self, max_tokens: int) -> None:
         """For sequences of up to `max_tokens`: record the graphs of decode steps, and build what large ones need. Other
         shapes are recorded once they have come a few times."""
-        self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
-        most_rows = min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
-        self.record_graphs(with_splits=max_tokens > SPLIT_TOKENS, most_rows=most_rows)
+        with _device_errors("the first steps failed on the device"):
+            self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
+            most_rows = min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
+            self.record_graphs(with_splits=max_tokens > SPLIT_TOKENS, most_rows=most_rows)
 
     def copies_done(self) -> list[int]:
         """Steps whose swap-ins have arrived since the last call."""
@@ -179,7 +175,7 @@ class CudaRunner:
         self._plan.clear()
         with_splits = with_splits and self._step.attention.is_tensor_core
         sizes, kinds = [*reversed(graphs.buckets(most_rows))], product({False, with_lora}, {False, with_splits})
-        shapes = [StepShape(n, True, False, *kind) for kind in kinds for n in sizes]
+        shapes = [StepShape(n, True, False, *kind, has_large=False) for kind in kinds for n in sizes]
         for shape in graphs.progress(shapes, len(shapes), show):
             assert isinstance(shape, StepShape)
             self._graphs.record(shape, self._forward_body(shape))
@@ -206,7 +202,9 @@ class CudaRunner:
             self._step.prepare(**shape._asdict(), has_few=has_few)
             return self._decoder.forward(self._step.ids, self._step)
         has_splits = shape.has_splits and self._step.attention.is_tensor_core  # the simple kernel makes none
-        shape = shape._replace(num_rows=graphs.bucket(shape.num_rows), has_splits=has_splits)
+        # Elsewhere the same kernels are launched, whatever the ranks.
+        has_large = shape.has_large and not shape.has_prefill and self._step.lora.has_clusters
+        shape = shape._replace(num_rows=graphs.bucket(shape.num_rows), has_splits=has_splits, has_large=has_large)
         self._graphs.run(shape, self._forward_body(shape))
         return self._hidden
 
@@ -266,6 +264,17 @@ class CudaRunner:
             torch.cat(best) if best else None,
         )
         _return(arrays, found, "prompt_")
+
+
+@contextmanager
+def _device_errors(what: str) -> Iterator[None]:
+    """Out of memory, or what an earlier step did and a later call reports."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except RuntimeError as error:
+        raise DeviceError(f"{what}: {error}") from error
 
 
 def _return(arrays: dict[str, Tensor], found: LogProbs, prefix: str) -> None:

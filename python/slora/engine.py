@@ -15,6 +15,7 @@ from slora import _core
 from slora.base import make_base
 from slora.errors import AdapterError, ConfigError, RequestError
 from slora.host import HostMemory, allocate_host
+from slora.kernels.lora import MAX_SEGMENTS
 from slora.memory import DEFAULT_POOL_BYTES, HostTier, PagePool, device_pool_bytes
 from slora.models.config import ModelConfig
 from slora.options import DEFAULT_MAX_RANK, GIB, Options
@@ -28,7 +29,6 @@ IDLE_WAIT_S = 0.05
 COPY_WAIT_S = 0.0005
 """How soon the arrival of page copies is looked for while there is nothing else to run."""
 DEFAULT_POOL_FRACTION = 0.9
-ANY_RANK = 2**31 - 1
 DEFAULT_HOST_BYTES = {"cpu": GIB, "cuda": 8 * GIB}
 MAX_LOADERS = 8
 """Threads that pack adapters: about 1 GB/s each."""
@@ -116,7 +116,9 @@ class Engine:
         self.text = open_text(self.path)
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(options.dtype, self.model_config, self.device)
-        self.max_rank = options.max_rank or (DEFAULT_MAX_RANK if self.device.type == "cuda" else ANY_RANK)
+        self.max_rank = options.max_rank or (DEFAULT_MAX_RANK if self.device.type == "cuda" else None)
+        if self.device.type == "cuda" and options.max_running > MAX_SEGMENTS:
+            raise ConfigError(f"max_running = {options.max_running}: at most {MAX_SEGMENTS} on a CUDA device")
         adapter_paths = options.adapter_paths()
         if (options.max_context or 0) > self.model_config.max_context:
             limit = self.model_config.max_context
@@ -182,6 +184,7 @@ class Engine:
         if options.pool_bytes is not None:
             return options.pool_bytes
         if self.device.type == "cuda":
+            assert self.max_rank is not None
             return device_pool_bytes(
                 self.model_config,
                 dtype=self.dtype,

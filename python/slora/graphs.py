@@ -1,8 +1,8 @@
 """CUDA graphs: a step's launches, recorded once per shape and replayed.
 
-A graph depends on the number of rows, on whether there are decode rows, prefill rows, adapters and splits to merge, and
-on nothing else: kernels read what differs from the plan's mirror on the device. All graphs share one memory pool,
-because they run one after the other and leave their results in buffers of their own.
+A graph depends on the number of rows, on whether there are decode rows, prefill rows, adapters, splits to merge and
+adapters of many ranks, and on nothing else: kernels read what differs from the plan's mirror on the device. All graphs
+share one memory pool, because they run one after the other and leave their results in buffers of their own.
 """
 
 import gc
@@ -19,8 +19,6 @@ RECORDED_RUN = 3
 """When a key comes for this time it is recorded: that takes as long as some ten steps, and rare ones come no more."""
 MAX_ROWS = MAX_GRAPH_ROWS
 """Steps of more rows run eagerly: their kernels take longer than their launches."""
-SPARE_BYTES = 256 << 20
-"""What must be free on the device for one more graph, so that nothing else runs out of memory."""
 
 
 def bucket(num_rows: int) -> int:
@@ -35,8 +33,9 @@ def buckets(most: int = MAX_ROWS) -> list[int]:
 class Graphs:
     """Recorded launches by key. A new key runs eagerly a few times, is recorded, and is replayed from then on."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, spare_bytes: int) -> None:
+        """No more is recorded when less is free on the device, so that nothing else runs out of memory."""
+        self._device, self._spare_bytes = device, spare_bytes
         self._memory = torch.cuda.graph_pool_handle()
         self._stream, _ = recording_streams(device)
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -78,10 +77,10 @@ class Graphs:
         self._graphs.clear()
 
     def _check_room(self) -> bool:
-        if self._has_room and torch.cuda.mem_get_info(self._device)[0] < SPARE_BYTES:
+        if self._has_room and torch.cuda.mem_get_info(self._device)[0] < self._spare_bytes:
             self._has_room = False
             logging.getLogger("slora").warning(
-                "there is no memory left to record more graphs: %d steps are recorded, others take longer; "
+                "there is no memory left to record more graphs: there are %d, and other steps take longer; "
                 "hint: a smaller pool",
                 len(self._graphs),
             )

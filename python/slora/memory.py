@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from slora.models.config import DTYPE_BYTES, ModelConfig
-from slora.options import DEFAULT_MAX_RANK
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_POOL_BYTES = 512 << 20
 DEFAULT_POOL_FRACTION = 0.9
 MAX_GRAPH_ROWS, LOGITS_ROWS = 512, 256
 """Rows of the largest recorded step, and of logits at a time for prompts."""
-LIBRARY_BYTES = 256 << 20
+LIBRARY_BYTES = SPARE_BYTES = 256 << 20
+"""For libraries' workspace and modules; what stays free on the device beside everything that is known."""
 GRAPH_LAYER_BYTES = 48 << 10
 """What the driver keeps of a layer of a recorded graph: 38 to 47 KB were measured (docs/kernels.md)."""
 ROW_ALIGN_BYTES = 16
@@ -121,7 +121,7 @@ def device_pool_bytes(
     page_tokens: int | None = None,
     max_batch_tokens: int,
     max_running: int,
-    max_rank: int = DEFAULT_MAX_RANK,
+    max_rank: int,
     fraction: float = DEFAULT_POOL_FRACTION,
 ) -> int:
     """How large a pool the CUDA device still has room for: `fraction` of what is free beside a step's workspace and the
@@ -134,13 +134,13 @@ def device_pool_bytes(
 
     sizes = {"max_batch_tokens": max_batch_tokens, "max_running": max_running, "max_rank": max_rank}
     needed = workspace_bytes(config, dtype=dtype, **sizes)
-    graphs = graph_bytes(config, dtype=dtype, max_running=max_running)
+    graphs = graph_bytes(config, dtype=dtype, max_running=max_running) + spare_bytes(config, max_running)
     before, total = torch.cuda.mem_get_info(device)
     page_bytes = config.page_bytes(page_tokens or config.default_page_tokens(dtype), dtype)
     if before < needed + graphs + 2 * page_bytes / fraction:
         raise ConfigError(
             f"{before} of {total} bytes are free on {device}; a step of {max_batch_tokens} tokens needs {needed}, "
-            f"recorded graphs {graphs}, and 2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens"
+            f"recorded graphs {graphs}, and 2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens or max_rank"
         )
     workspace = _allocate(needed, torch.device(device))
     free = torch.cuda.mem_get_info(device)[0] - graphs
@@ -148,13 +148,13 @@ def device_pool_bytes(
     return int(free * fraction) // page_bytes * page_bytes
 
 
-def workspace_bytes(
-    config: ModelConfig, *, dtype: str, max_batch_tokens: int, max_running: int, max_rank: int = DEFAULT_MAX_RANK
-) -> int:
+def workspace_bytes(config: ModelConfig, *, dtype: str, max_batch_tokens: int, max_running: int, max_rank: int) -> int:
     """What a step holds at most, generously: activations and deltas of a layer, LoRA's sums, logits, libraries'
     workspace."""
+    from slora.kernels.lora import sums_bytes
+
     rows = max_batch_tokens + MAX_GRAPH_ROWS
-    sums = rows * 3 * max_rank * 16  # three linears share x, and a row has four partial sums for each of their ranks
+    sums = sums_bytes(config, max_batch_tokens + 8, max_rank)  # rows are rounded up to a graph's
     logits = 2 * max(max_running, LOGITS_ROWS) * config.vocab_size * 16
     return rows * _row_bytes(config, dtype) + sums + logits + LIBRARY_BYTES
 
@@ -162,9 +162,16 @@ def workspace_bytes(
 def graph_bytes(config: ModelConfig, *, dtype: str, max_running: int) -> int:
     """What the graphs hold that are recorded at the start: activations and logits, which do not come from the
     workspace, and what the driver keeps. Four graphs for each size: with and without adapters and splits."""
+    from slora.graphs import buckets
+
     rows = min(max_running, MAX_GRAPH_ROWS)
-    launches = 4 * (rows // 8 + 4) * config.num_layers * GRAPH_LAYER_BYTES
+    launches = 4 * len(buckets(rows)) * config.num_layers * GRAPH_LAYER_BYTES
     return MAX_GRAPH_ROWS * _row_bytes(config, dtype) + rows * config.vocab_size * 4 + launches
+
+
+def spare_bytes(config: ModelConfig, max_running: int) -> int:
+    """What must be free on the device for one more graph: that of the largest logits fits, too."""
+    return SPARE_BYTES + min(max_running, MAX_GRAPH_ROWS) * config.vocab_size * 4
 
 
 def _row_bytes(config: ModelConfig, dtype: str) -> int:

@@ -11,7 +11,7 @@ LOAD_FORMATS = ("auto", "dummy")
 QUEUES = ("fcfs", "fair")
 GIB = 1 << 30
 DEFAULT_MAX_RANK = 256
-"""On CUDA."""
+"""On CUDA, where workspace is made for it."""
 _COUNTS = ("page_tokens", "max_batch_tokens", "max_running", "max_waiting", "max_adapters", "max_rank", "max_context")
 
 

@@ -13,7 +13,6 @@ from slora.memory import LOGITS_ROWS, HostTier, PagePool
 from slora.models.config import ModelConfig
 from slora.models.decoder import Decoder
 from slora.models.rope import inverse_frequencies
-from slora.options import DEFAULT_MAX_RANK
 from slora.plan import PlanLayout, StepPlan
 from slora.sampling import LogProbs, Sampler, log_probs
 from slora.weights import Weights
@@ -170,11 +169,13 @@ def create_runner(
     max_running: int,
     max_adapters: int,
     max_adapter_pages: int,
-    max_rank: int = DEFAULT_MAX_RANK,
+    max_rank: int | None,
     host: HostTier | None = None,
 ) -> "AnyRunner":
-    """The executor for the pool's device. `layout` is that of its plans; workspace is made for `max_rank`."""
+    """The executor for the pool's device. `layout` is that of its plans, `max_rank` the adapters'; None: any, not on
+    CUDA."""
     if pool.device.type == "cuda":
+        assert max_rank is not None
         from slora.cuda_runner import CudaRunner
 
         return CudaRunner(

@@ -225,7 +225,9 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
             "different adapters among the running requests; any number may be registered",
             "max_loras",
         ),
-        _engine("max_rank", integer, "rank of an adapter, at most; default: 256 on CUDA, any on the CPU"),
+        _engine(
+            "max_rank", integer, "rank of an adapter, at most; default: 256 on CUDA, any on the CPU", "max_lora_rank"
+        ),
     ),
     "device and memory": (
         _engine("device", text, "auto, cpu, cuda or cuda:N"),
@@ -305,7 +307,6 @@ BY_NAME = {name: setting for setting in SETTINGS.values() for name in setting.na
 
 VLLM_HINTS = {
     "gpu_memory_utilization": "--pool-fraction is the share of what is free once the base is loaded",
-    "max_lora_rank": "--max-rank, which only ranks above 256 need: memory is counted as it is",
     "lora_dtype": "adapters are served in the base's type; leave it out",
     "fully_sharded_loras": "one GPU serves the base; leave it out",
     "max_cpu_loras": "--host-bytes bounds the host tier in bytes",

@@ -20,8 +20,8 @@ LIMIT_S=${LIMIT_S:-540}
 OUT=${OUT:-target/sanitizer}
 cd "$(dirname "$0")/../.."
 
-# name | file | tests | the only tool, if there is one: whole steps take hours under racecheck, and all their kernels have
-# runs of their own
+# name | file | tests | the only tool, if there is one: whole steps take hours under racecheck, and those of their kernels
+# that have shared memory have runs of their own
 RUNS=(
   "lora|tests/gpu/test_lora.py|neighbours"
   "lora-finite|tests/gpu/test_lora.py|non_finite"
@@ -59,6 +59,7 @@ command -v compute-sanitizer > /dev/null || fail "compute-sanitizer is not on th
 KERNELS=$("$PYTHON" -c 'import glob, re
 sources = (open(path).read() for path in glob.glob("cuda/*.cu"))
 print("|".join(name for text in sources for name in re.findall(r"__global__ void(?:\s+__launch_bounds__\([^)]*\))?\s+(\w+)\(", text)))')
+[[ "|$KERNELS|" == *"|lora_cluster|"* ]] || fail "found no kernels in cuda/, only: $KERNELS"
 mkdir -p "$OUT"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 

@@ -15,7 +15,7 @@ from planning import World
 from test_runner import make_requests, make_world
 
 import slora
-from slora import graphs, memory
+from slora import cuda_runner, memory
 from slora.kernels import cudnn, page_copy
 from slora.memory import DTYPES
 from slora.outputs import Result
@@ -213,7 +213,7 @@ def test_adapters_of_large_ranks_answer_as_their_equals_do(tmp_path: Path) -> No
             found = run(llm, wide)
             assert_same(found, wanted, BF16_TOLERANCE)
         assert_same([run(llm, [ask])[0] for ask in wide[:6]], wanted[:6], BF16_TOLERANCE)
-    same = [got.token_ids == want.token_ids for got, want in zip(found, wanted, strict=True)]
+    same = [got.token_ids == want.token_ids for got, want in zip(found, wanted, strict=True) if got.adapter == "wide"]
     assert sum(same) > len(same) / 2, "they may differ where two tokens were near, which is seldom"
 
 
@@ -224,12 +224,12 @@ def test_no_memory_for_graphs_changes_nothing_but_time(
     options = {"device": DEVICE, "dtype": "bfloat16", "pool_bytes": 64 << 20, "host_bytes": 64 << 20}
     with slora.LLM(BASE, adapters=ADAPTERS, **options) as llm:
         wanted = run(llm, asks)
-    monkeypatch.setattr(graphs, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(cuda_runner, "spare_bytes", lambda *sizes: 1 << 60)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: pytest.fail("recorded"))
     with slora.LLM(BASE, adapters=ADAPTERS, **options) as llm:
         for _ in range(3):
             assert_same(run(llm, asks), wanted, BF16_TOLERANCE)
-    assert ["0 steps are recorded" in record.getMessage() for record in caplog.records] == [True]
+    assert ["there are 0, and" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_engines_come_and_go_beside_one_that_works() -> None:

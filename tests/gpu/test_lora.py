@@ -240,7 +240,8 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: str) -> None:
     xs = world.inputs(200)
     world.set_segments([(3, 200)])
     together = world.run(xs)
-    for world.cluster, (first, rows) in product(CLUSTERS, ((0, 1), (7, 20), (40, 64), (100, 64))):
+    parts = ((0, 1), (7, 20), (40, 64), (100, 64), (50, 100))
+    for world.has_prefill, world.cluster, (first, rows) in product((True, False), CLUSTERS, parts):
         world.set_segments([(3, rows)])
         alone = world.run([x[first : first + rows].contiguous() for x in xs])
         for a, b in zip(together, alone, strict=True):

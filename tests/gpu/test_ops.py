@@ -43,7 +43,7 @@ def replayed(body: Callable[[], torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def make_worlds(dtype: str, **changes: object) -> tuple[World, World]:
+def make_worlds(dtype: str, page_tokens: int = 16, **changes: object) -> tuple[World, World]:
     """The same world twice: fp32 on the CPU, `dtype` on the device."""
     config = ModelConfig.from_dict(tiny_config(**changes))
     weights = [load_weights(config, "", dtype=d, load_format="dummy") for d in ("float32", dtype)]
@@ -52,7 +52,7 @@ def make_worlds(dtype: str, **changes: object) -> tuple[World, World]:
             setattr(layer, name, None if value is None else value.cuda())
     for name in ("embed", "norm", "lm_head"):
         setattr(weights[1], name, getattr(weights[1], name).cuda())
-    sizes = {"num_pages": 1500}
+    sizes = {"num_pages": 24_000 // page_tokens, "page_tokens": page_tokens}
     worlds = World(config, weights[0], **sizes), World(config, weights[1], dtype=dtype, device="cuda", **sizes)
     return plan_only(worlds[0]), plan_only(worlds[1])
 
@@ -147,29 +147,29 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads", "window", "dtype"),
+    ("head_dim", "heads", "kv_heads", "window", "dtype", "page_tokens"),
     [
-        (128, 32, 8, None, "bfloat16"),
-        (128, 32, 8, 300, "bfloat16"),
-        (128, 4, 4, None, "float16"),
-        (16, 4, 2, 5, "bfloat16"),
-        (64, 14, 2, None, "bfloat16"),
-        (96, 3, 1, None, "float16"),
-        (256, 8, 1, 1000, "bfloat16"),
-        (256, 32, 1, None, "bfloat16"),
-        (90, 4, 2, None, "bfloat16"),
-        (16, 4, 2, None, "float32"),
-        (128, 8, 2, 300, "float32"),
+        (128, 32, 8, None, "bfloat16", 16),
+        (128, 32, 8, 300, "bfloat16", 64),
+        (128, 4, 4, None, "float16", 32),
+        (16, 4, 2, 5, "bfloat16", 16),
+        (64, 14, 2, None, "bfloat16", 128),
+        (96, 3, 1, None, "float16", 16),
+        (256, 8, 1, 1000, "bfloat16", 16),
+        (256, 32, 1, None, "bfloat16", 32),
+        (90, 4, 2, None, "bfloat16", 64),
+        (16, 4, 2, None, "float32", 64),
+        (128, 8, 2, 300, "float32", 16),
     ],
 )
 @pytest.mark.parametrize("is_graph", [False, True])
 def test_paged_attention(
-    head_dim: int, heads: int, kv_heads: int, window: int | None, dtype: str, is_graph: bool
+    head_dim: int, heads: int, kv_heads: int, window: int | None, dtype: str, page_tokens: int, is_graph: bool
 ) -> None:
     """Decode of very different lengths, whole prompts, chunks with cached context, in one step."""
     shape = {"head_dim": head_dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     changes = {"model_type": "mistral", "sliding_window": window, "max_position_embeddings": 4096}
-    cpu, gpu = make_worlds(dtype, **shape, **changes, hidden_size=32)
+    cpu, gpu = make_worlds(dtype, page_tokens, **shape, **changes, hidden_size=32)
     for world in (cpu, gpu):
         requests = [Request([1] * (cached + rows), max_tokens=1) for cached, rows in CASES]
         for request, (cached, _) in zip(requests, CASES, strict=True):

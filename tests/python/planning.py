@@ -12,7 +12,6 @@ import torch
 
 from slora.memory import DTYPES, HostTier, PagePool
 from slora.models.config import ModelConfig
-from slora.options import DEFAULT_MAX_RANK
 from slora.plan import HAS_LORA, HAS_PENALTIES, HAS_RANDOM, Counts, StepPlan
 from slora.runner import StepOutput, create_runner
 from slora.weights import Weights
@@ -171,7 +170,7 @@ class World:
             max_running=64,
             max_adapters=32,
             max_adapter_pages=512,
-            max_rank=max([DEFAULT_MAX_RANK, *(int(words[:, 0].max()) for _, words in self.images.values())]),
+            max_rank=max([64, *(int(words[:, 0].max()) for _, words in self.images.values())]),
         )
         size = sum(capacity for _, _, capacity, _ in self.layout)
         self.buffer = torch.zeros(size, dtype=torch.int32, pin_memory=is_cuda)

@@ -208,9 +208,9 @@ def test_a_command_line_of_vllms_is_taken_where_it_means_the_same(capsys: pytest
 def test_flags_of_vllm_that_mean_something_else_are_refused_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert not VLLM_HINTS.keys() & BY_NAME.keys()
     with pytest.raises(SystemExit) as end:
-        main(["serve", str(BASE), "--max-lora-rank", "64"])
+        main(["serve", str(BASE), "--max-cpu-loras", "64"])
     assert end.value.code == 2
-    assert "hint: --max-rank, which only ranks above 256 need" in capsys.readouterr().err
+    assert "hint: --host-bytes bounds the host tier" in capsys.readouterr().err
     assert hint("adaptor-dir") == "did you mean --adapter-dir?"
     assert hint("zzz") == "slora serve --help lists what there is"
 

@@ -14,7 +14,7 @@ import torch
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.engine import choose_device
 from slora.errors import ConfigError, DeviceError
-from slora.graphs import RECORDED_RUN, SPARE_BYTES, Graphs
+from slora.graphs import RECORDED_RUN, Graphs
 from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS, Attention
 from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
@@ -44,12 +44,13 @@ def fake_runner(log: list[str]) -> Any:
         ids=torch.zeros(0),
         prepare=lambda num_rows, **_: note(f"prepare {num_rows}"),
         attention=SimpleNamespace(is_tensor_core=True),
+        lora=SimpleNamespace(has_clusters=True),
     )
     runner._plan, runner._staging = (
         SimpleNamespace(upload=lambda plan, how: how()),
         SimpleNamespace(copy=lambda: note("upload")),
     )
-    runner._tables = SimpleNamespace(update=lambda plan: None, has_large=lambda plan: False)
+    runner._tables = SimpleNamespace(update=lambda plan, mirror: None, has_large=lambda plan: False)
     runner._sampler = SimpleNamespace(reset=lambda plan: None)
     runner._decoder = SimpleNamespace(forward=lambda ids, step: note("layers"))
     runner._graphs = SimpleNamespace(run=lambda key, body: note(f"replay {key.num_rows}"))
@@ -128,45 +129,63 @@ def test_a_shape_that_comes_often_is_recorded() -> None:
 def test_no_graph_is_recorded_into_the_last_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    free = [SPARE_BYTES]
+    spare = 1 << 20
+    free = [spare]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 << 30))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: pytest.fail("recorded"))
     log: list[str] = []
     graphs: Any = Graphs.__new__(Graphs)
     graphs._device, graphs._graphs, graphs._num_runs, graphs._has_room = None, {"old": None}, {}, True
+    graphs._spare_bytes = spare
     assert graphs._check_room()
     free[0] -= 1
     graphs.record("start", lambda: log.append("start"))
     for _ in range(RECORDED_RUN + 2):
         graphs.run("often", lambda: log.append("often"))
     assert log == ["start", *["often"] * (RECORDED_RUN + 2)]
-    assert ["more graphs: 1 steps are recorded" in record.getMessage() for record in caplog.records] == [True]
+    assert ["more graphs: there are 1, and" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("rank", [UNIT_RANKS, UNIT_RANKS + 1])
-def test_large_ranks_are_known_by_the_plans_that_bring_and_use_them(rank: int) -> None:
+def test_the_tables_know_whose_ranks_are_large(rank: int) -> None:
     tables: Any = DeviceTables.__new__(DeviceTables)
-    tables.num_modules, tables._large_rows = 14, set()
-    arrays: dict[str, np.ndarray] = {}
+    tables.num_modules, tables._large_rows, tables.modules, tables.pages = 14, set(), None, torch.zeros(8, 4)
+    tables._kernel = lambda *launch: None
 
-    def has_large(rows: list[int], *segments: int) -> bool:
-        """A plan that brings descriptors for `rows`, with `rank` in one linear, and has segments of these adapters."""
+    def bring(*rows: int) -> None:
+        """A plan that brings descriptors for these rows, with `rank` in one linear."""
         modules = np.full((32, 14, 12), 99999, np.int32)  # beyond what changed lies anything
         modules[: len(rows), :, 0] = 3
         modules[: len(rows), 13, 0] = rank
-        arrays.update(changed_rows=np.array(rows, np.int32), changed_modules=modules.reshape(-1))
-        arrays["seg_adapter"] = np.array(segments, np.int32)
-        counts = NOTHING._replace(num_changed=len(rows), num_segments=len(segments))
-        return bool(tables.has_large(SimpleNamespace(counts=counts, array=arrays.__getitem__)))
+        arrays = {"changed_rows": np.array(rows, np.int32), "changed_modules": modules.reshape(-1)}
+        plan: Any = SimpleNamespace(counts=NOTHING._replace(num_changed=len(rows)), array=arrays.__getitem__)
+        tables.update(plan, dict.fromkeys(("changed_rows", "changed_pages_indptr", "changed_pages", "changed_modules")))
+
+    def has_large(*segments: int) -> bool:
+        return bool(tables.has_large(SimpleNamespace(array=lambda name: np.array(segments, np.int32))))
 
     is_large = rank > UNIT_RANKS
-    assert not has_large([], 0, -1)
-    assert has_large([2, 7], 0, 2, -1) == is_large
-    assert has_large([], 7) == is_large
-    assert not has_large([], 0, -1)
+    bring(2, 7)
+    assert [has_large(0, 2, -1), has_large(7), has_large(0, -1)] == [is_large, is_large, False]
     rank = 8  # another adapter takes the place
-    assert not has_large([7], 7, 0)
-    assert has_large([], 2) == is_large
+    bring(7)
+    assert [has_large(7, 0), has_large(2)] == [False, is_large]
+
+
+@pytest.mark.parametrize(("has_prefill", "has_clusters"), [(False, True), (True, True), (False, False)])
+def test_large_ranks_have_graphs_of_their_own_where_other_kernels_serve_them(
+    has_prefill: bool, has_clusters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main")
+    keys: list[StepShape] = []
+    runner = fake_runner([])
+    runner._graphs.run = lambda key, body: keys.append(key)
+    runner._step.lora.has_clusters = has_clusters
+    for is_large in (False, True):
+        runner._tables.has_large = lambda plan, is_large=is_large: is_large
+        runner.launch(fake_plan(num_rows=3, num_decode=0 if has_prefill else 1))
+    assert [key.has_large for key in keys] == [False, has_clusters and not has_prefill]
 
 
 def test_no_two_engines_use_the_streams_for_recording_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,10 +271,19 @@ def test_where_cudnn_refuses_our_own_kernel_attends_prompts(refusing: Any, caplo
     assert launched == [False]
 
 
-def test_a_size_that_cudnn_refuses_later_is_a_device_error(refusing: Any) -> None:
-    with pytest.raises(UnsupportedError, match=r"cuDNN does not attend 2 prompts of 512 rows.*hint: ") as found:
-        refusing._cudnn._graph(2, 512, 64, None)
-    assert isinstance(found.value, DeviceError)
+def test_a_size_that_cudnn_refuses_later_ends_nothing(refusing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = refusing._cudnn
+    with pytest.raises(UnsupportedError, match=r"cuDNN does not attend 2 prompts of 512 rows.*hint: "):
+        prompts._graph(2, 512, 64, None)
+    counts = NOTHING._replace(num_requests=2, max_query_len=512)
+    prompts.plan = refusing.plan = SimpleNamespace(counts=counts)
+    prompts.pool, refusing.pool = SimpleNamespace(page_tokens=16, device=None), None
+    refusing.is_tensor_core, refusing._windows = True, []
+    refusing.prepare(is_graph=True)
+    assert refusing._cudnn is prompts
+    refusing.prepare(is_graph=False)
+    assert refusing._cudnn is None
+    assert "a kernel of our own: cuDNN does not attend 2 prompts of 512 rows" in caplog.text
 
 
 def test_copies_are_enqueued_before_the_kernels_that_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

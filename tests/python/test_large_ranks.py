@@ -1,4 +1,7 @@
-"""Adapters of ranks beyond what a device's kernels have room for at once: as any other, or refused from the start."""
+"""Adapters of ranks beyond what a device's kernels have room for at once: as any other, or refused from the start.
+
+In fp32, which has no clusters; `tests/gpu` has the same in bf16.
+"""
 
 from pathlib import Path
 
@@ -45,8 +48,11 @@ def test_they_are_refused_beyond_max_rank(adapters: dict[str, Path]) -> None:
 
 def test_any_rank_is_served_by_default_on_the_cpu_and_256_on_a_device(adapters: dict[str, Path]) -> None:
     with slora.LLM(BASE, **engine_options()) as llm:
+        llm.adapters.add("count", adapters["count"])
         if is_cuda():
             with pytest.raises(slora.AdapterError, match="ranks up to 256"):
                 llm.adapters.add("wide-count", adapters["wide-count"])
         else:
             llm.adapters.add("wide-count", adapters["wide-count"])
+            wide, usual = (run(llm, [([1, 50, 60, 70], name)]) for name in ("wide-count", "count"))
+            assert_same(wide, usual)

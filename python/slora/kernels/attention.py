@@ -6,6 +6,8 @@ kernel of our own, which runs beside that for decode rows.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -61,11 +63,8 @@ class Attention:
         """Make what eager steps of so many rows need, for sequences of up to `max_tokens`."""
         if self._cudnn is None or not num_rows:
             return
-        try:
+        with self._without_cudnn_if_it_refuses():
             self._cudnn.warm_up(max_tokens, num_rows)
-        except cudnn.UnsupportedError as error:
-            logging.getLogger("slora").warning("prompts are attended by a kernel of our own: %s", error)
-            self._cudnn = None
 
     def prepare(self, *, is_graph: bool) -> None:
         """Build the work lists of the uploaded plan. In a graph its counts are unknown, and nothing depends on them."""
@@ -75,7 +74,8 @@ class Attention:
             for window in self._windows:
                 self._list_work(window)
         if self._cudnn is not None and self._has_prefill and not is_graph:
-            self._cudnn.prepare()
+            with self._without_cudnn_if_it_refuses():
+                self._cudnn.prepare()
 
     def run(
         self, q: Tensor, layer: int, *, has_decode: bool, has_prefill: bool, has_splits: bool, is_graph: bool
@@ -99,6 +99,15 @@ class Attention:
         if has_decode and has_splits:
             self._run_merge(out, layer)
         return out
+
+    @contextmanager
+    def _without_cudnn_if_it_refuses(self) -> Iterator[None]:
+        """Then, and from then on, chunk_attention serves all prompts."""
+        try:
+            yield
+        except cudnn.UnsupportedError as error:
+            logging.getLogger("slora").warning("prompts are attended by a kernel of our own: %s", error)
+            self._cudnn = None
 
     # What the kernels are compiled for, and launched with
 

@@ -58,12 +58,17 @@ class PrefillAttention:
                 self._graph(requests, query_len, self._width, window)
 
     def prepare(self) -> None:
-        """Page tables and lengths of the uploaded plan's prefill requests; what lies behind their ends is zeroed."""
+        """Page tables and lengths of the uploaded plan's prefill requests; what lies behind their ends is zeroed.
+
+        Raises UnsupportedError.
+        """
         counts, device = self.plan.counts, self.pool.device
         num_requests = _power_of_two(counts.num_requests - counts.num_decode, 1)
         self._widen(counts.max_seq_len)
         width = self._width
         self._size = (num_requests, _power_of_two(counts.max_query_len, MIN_QUERY_LEN), width)
+        for window in dict.fromkeys(self.config.windows):
+            self._graph(*self._size, window)
         shapes = (num_requests * width, num_requests, num_requests, num_requests + 1)
         self._arrays = tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
         names = ("counts", "query_indptr", "seq_lens", "page_indptr", "page_indices")

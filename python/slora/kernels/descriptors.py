@@ -28,21 +28,22 @@ class DeviceTables:
         self.pages = torch.zeros((max_adapters, max_adapter_pages), dtype=torch.int32, device=pool.device)
         self._kernel = nvrtc.load("descriptors").kernel("update_descriptors")
         self._large_rows = set[int]()
+        """Whose adapters have a linear of more than UNIT_RANKS ranks."""
 
-    def update(self, plan: DevicePlan) -> None:
-        """Take over the rows that the uploaded plan changes."""
-        if plan.counts.num_changed:
-            names = ("changed_rows", "changed_pages_indptr", "changed_pages", "changed_modules")
-            sizes = (self.num_modules * MODULE_WORDS, self.pages.shape[1])
-            args: tuple[Argument, ...] = (*(plan[name] for name in names), *sizes, self.modules, self.pages)
-            self._kernel(plan.counts.num_changed, THREADS, args)
+    def update(self, plan: StepPlan, mirror: DevicePlan) -> None:
+        """Take over the rows that a plan changes, which was uploaded to its mirror."""
+        if not plan.counts.num_changed:
+            return
+        names = ("changed_rows", "changed_pages_indptr", "changed_pages", "changed_modules")
+        sizes = (self.num_modules * MODULE_WORDS, self.pages.shape[1])
+        args: tuple[Argument, ...] = (*(mirror[name] for name in names), *sizes, self.modules, self.pages)
+        self._kernel(plan.counts.num_changed, THREADS, args)
+        rows = plan.array("changed_rows").tolist()
+        words = plan.array("changed_modules")[: len(rows) * self.num_modules * MODULE_WORDS]
+        ranks = words.reshape(len(rows), self.num_modules, MODULE_WORDS)[..., 0].max(1)
+        self._large_rows.difference_update(rows)
+        self._large_rows.update(row for row, rank in zip(rows, ranks, strict=True) if rank > UNIT_RANKS)
 
     def has_large(self, plan: StepPlan) -> bool:
-        """Whether an adapter of the plan has a linear of more than UNIT_RANKS ranks. Every plan must ask, in order."""
-        if plan.counts.num_changed:
-            rows = plan.array("changed_rows").tolist()
-            words = plan.array("changed_modules")[: len(rows) * self.num_modules * MODULE_WORDS]
-            ranks = words.reshape(len(rows), self.num_modules, MODULE_WORDS)[..., 0].max(1)
-            self._large_rows.difference_update(rows)
-            self._large_rows.update(row for row, rank in zip(rows, ranks, strict=True) if rank > UNIT_RANKS)
+        """Whether one of the plan's adapters has a linear of more than UNIT_RANKS ranks."""
         return bool(self._large_rows) and bool(np.isin(plan.array("seg_adapter"), list(self._large_rows)).any())

@@ -1,8 +1,8 @@
 """The LoRA op on CUDA (`cuda/lora.cu`): once a step the work lists of all layer groups, then for each group one kernel
 (segments of few rows, where there are clusters), or two (others), of which the consumer may be the second.
 
-Nothing here depends on which adapters a step has, on how many, or on their ranks: all of that is read on the device, so
-the launches may be captured in a graph.
+Nothing here depends on which adapters a step has, on how many, or on their ranks up to UNIT_RANKS: all of that is read
+on the device, so the launches may be captured in a graph.
 """
 
 import ctypes
@@ -15,13 +15,13 @@ from torch import Tensor
 from slora.kernels import nvrtc
 from slora.kernels.adapters import GROUPS, NUM_MODULES
 from slora.memory import PagePool
-from slora.options import DEFAULT_MAX_RANK
+from slora.models.config import ModelConfig
 
 DTYPE_MACRO = {"float32": 0, "bfloat16": 1, "float16": 2}
 MAX_SEGMENTS = 1024
 """A warp finds an item's segment in two looks of 32 lanes."""
 MANY_ROWS = 64
-"""Segments of more rows share their weights among many rows, if the step has prefill rows."""
+"""Segments of more rows share their weights among many rows, if the step has prefill rows or linears of many ranks."""
 CLUSTERS = {8: 16, 4: 32, 2: 1 << 30}
 """Blocks of a cluster, by the rows of a step: the fewer units there are, the more blocks must share one."""
 _PART_ROWS = ((1024, 1), (4096, 2))
@@ -32,7 +32,7 @@ _CLUSTER_BYTES, _SHRINK_BYTES, _EXPAND_BYTES = 199168, 101376, 40960
 """Shared memory of a block of `lora_cluster`, `lora_shrink`, and for each module that it expands, `lora_expand`."""
 _GATE_UP = 2
 UNIT_RANKS = 256
-"""A unit of a cluster has no room for a linear of more ranks: its segment counts as one of many rows, however few."""
+"""Clusters have no room for a linear of more ranks: there its segment counts as one of many rows, however few."""
 
 
 class Shrunk(NamedTuple):
@@ -91,7 +91,7 @@ class Lora:
         *,
         max_rows: int,
         max_segments: int = 512,
-        max_rank: int = DEFAULT_MAX_RANK,
+        max_rank: int,
         swap_ins: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`modules` [max_adapters, layers * 7, 12] and `adapter_pages` [max_adapters, max_adapter_pages] are the
@@ -104,13 +104,14 @@ class Lora:
         config, device = pool.config, pool.device
         self.max_rows, self._dtype = max_rows, pool.flat.dtype
         self._groups = [_group(config.module_dims, group) for group in GROUPS]
-        stride = max(_sums_stride(group.in_size, group.num_modules * max_rank) for group in self._groups)
+        sums = sums_bytes(config, max_rows, max_rank)
+        stride = sums // (_sum_rows(max_rows) * 4)
         num_lists, max_units = config.num_layers * 4, 3 * (max_rows // 8 + max_segments)
         self._buffers = (
             torch.zeros(num_lists * _TOTALS, dtype=torch.int32, device=device),
             torch.zeros(num_lists * _LISTS * max_segments, dtype=torch.int32, device=device),
             torch.zeros(num_lists * max_segments * _SEGMENT_WORDS, dtype=torch.int32, device=device),
-            torch.empty(_sum_rows(max_rows) * stride, dtype=torch.float32, device=device),
+            torch.empty(sums // 4, dtype=torch.float32, device=device),
             torch.zeros(num_lists * (2 + max_units), dtype=torch.int32, device=device),
             torch.zeros(num_lists * _MAX_BLOCKS * (4 + _SEGMENT_WORDS), dtype=torch.int32, device=device),
         )
@@ -226,6 +227,10 @@ class Lora:
         self._silu_mul(self._grid, _THREADS, args, 2 * _EXPAND_BYTES, programmatic=True)
         return out
 
+    @property
+    def has_clusters(self) -> bool:
+        return self._cluster is not None
+
     def _sum_chunks(self) -> int:
         if self._cluster is None:
             return _SUM_CHUNKS
@@ -257,9 +262,15 @@ def _sum_rows(max_rows: int) -> int:
     return max(max_rows, *(min(max_rows, most) * _SUM_CHUNKS // chunks for most, chunks in _PART_ROWS))
 
 
+def sums_bytes(config: ModelConfig, max_rows: int, max_rank: int) -> int:
+    """What the partial sums of so many rows take, where the linears of an adapter have at most so many ranks."""
+    strides = (_sums_stride(config.module_dims[group[0]][0], len(group) * max_rank) for group in GROUPS)
+    return _sum_rows(max_rows) * max(strides) * 4
+
+
 def _sums_stride(in_size: int, max_ranks: int) -> int:
     """Floats that the partial sums of a row take at most: one for each rank and chunk of columns (`chunk_columns`)."""
-    base = 512 if in_size > 8192 else 256
-    tiles = range(1, -(-max_ranks // _TILE) + 1)
-    direct = max(-(-in_size // (base * -(-n // 4))) * n for n in tiles)
-    return max(direct, _LEAVES // _SUM_CHUNKS * tiles[-1]) * _TILE
+    chunks, tiles = -(-in_size // (512 if in_size > 8192 else 256)), -(-max_ranks // _TILE)
+    # n tiles have ceil(chunks / ceil(n / 4)) chunks each: no more than 4 * chunks + n + 3 together
+    without_clusters = chunks * tiles if tiles <= 4 else 4 * chunks + tiles + 3
+    return max(without_clusters, _LEAVES // _SUM_CHUNKS * tiles) * _TILE

@@ -11,11 +11,12 @@ from slora.kernels.lora import MAX_SEGMENTS, Lora
 from slora.kernels.nvrtc import Argument
 from slora.kernels.streams import recording_streams
 from slora.memory import PagePool
-from slora.options import DEFAULT_MAX_RANK
 from slora.plan import Counts, DevicePlan
 
 THREADS = 256
 MAX_BLOCKS = 512
+BRANCH_ROWS = 256
+"""In graphs of fewer rows GEMMs are branches beside LoRA; in larger ones both fill the device, and come in turn."""
 
 
 class Step:
@@ -33,7 +34,7 @@ class Step:
         arrived: Tensor,
         frequencies: Tensor,
         scaling: float,
-        max_rank: int = DEFAULT_MAX_RANK,
+        max_rank: int,
     ) -> None:
         """`arrived`: how far the swap-ins are (`PageCopies.arrived`). `max_rank`: of any linear of an adapter."""
         device = pool.device
@@ -74,7 +75,8 @@ class Step:
         """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_splits = has_decode, has_prefill, has_splits
-        self.has_lora, self.is_graph, self.has_branches = has_lora, is_graph, has_lora and is_graph
+        self.has_lora, self.is_graph = has_lora, is_graph
+        self.has_branches = has_lora and is_graph and num_rows < BRANCH_ROWS
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)
@@ -103,7 +105,7 @@ class Step:
 
     @property
     def lora(self) -> Lora:
-        """Made when the first adapter comes: a base that is served alone needs no workspace for it."""
+        """Made when it is first asked for: at the start, where graphs are recorded."""
         if self._lora is None:
             self._lora = Lora(
                 self.pool,

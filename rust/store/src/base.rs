@@ -75,7 +75,7 @@ pub struct BaseSpec {
     pub name: Option<String>,
     /// Pages an image may take.
     pub max_adapter_pages: u32,
-    /// Rank that a module may have: what the device's kernels have room for.
+    /// Rank that a module may have.
     pub max_rank: u32,
 }
 
