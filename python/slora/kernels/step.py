@@ -15,8 +15,6 @@ from slora.plan import Counts, DevicePlan
 
 THREADS = 256
 MAX_BLOCKS = 512
-BRANCH_ROWS = 256
-"""In graphs of fewer rows GEMMs are branches beside LoRA; in larger ones both fill the device, and come in turn."""
 
 
 class Step:
@@ -75,8 +73,7 @@ class Step:
         """
         self.num_rows = num_rows
         self.has_decode, self.has_prefill, self.has_splits = has_decode, has_prefill, has_splits
-        self.has_lora, self.is_graph = has_lora, is_graph
-        self.has_branches = has_lora and is_graph and num_rows < BRANCH_ROWS
+        self.has_lora, self.is_graph, self.has_branches = has_lora, is_graph, has_lora and is_graph
         half, num_sampled = len(self._frequencies), len(self._sample_index)
         arrays = tuple(self.plan[name] for name in ("counts", "token_ids", "positions", "sample_rows"))
         numbers = (self._scaling, half, num_rows, num_sampled)
