@@ -219,8 +219,12 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for warning in report["warnings"]:
         print(f"warning: {warning['message']}")
-    if report["max_rank"] > DEFAULT_MAX_RANK:
-        print(f"note: on CUDA the engine needs max_rank = {report['max_rank']}; the default is {DEFAULT_MAX_RANK}")
+    _print_rank_note(report["max_rank"])
+
+
+def _print_rank_note(rank: int) -> None:
+    if rank > DEFAULT_MAX_RANK:
+        print(f"note: on CUDA the engine needs max_rank = {rank}; the default is {DEFAULT_MAX_RANK}")
 
 
 def _range(least: float, most: float) -> str:
@@ -230,7 +234,7 @@ def _range(least: float, most: float) -> str:
 def run_ls(options: argparse.Namespace) -> int:
     from slora.base import open_base
 
-    base, is_good = open_base(options.base), True
+    base, is_good, rank = open_base(options.base), True, 0
     paths = Options(adapters=options.path).adapter_paths()
     if not paths:
         raise LoadError(f"{options.path}: no adapters; hint: a folder whose sub-folders are adapters")
@@ -242,9 +246,11 @@ def run_ls(options: argparse.Namespace) -> int:
             is_good = False
             print(f"{name:24}  refused: {error}")
             continue
+        rank = max(rank, report["max_rank"])
         modules = ", ".join(module["module"].removesuffix("_proj") for module in report["modules"])
         ranks = _range(report["min_rank"], report["max_rank"])
         print(f"{name:24}  {ranks:10}  {report['image_bytes'] / 1e6:9.2f}  {modules}")
+    _print_rank_note(rank)
     return 0 if is_good else 1
 
 

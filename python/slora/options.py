@@ -37,6 +37,7 @@ class Options:
     max_batch_tokens: int = 2048
     """Token rows of one step: what a prefill chunk may have at most."""
     max_running: int = 256
+    """CUDA: at most 1,024."""
     max_waiting: int = 10_000
     max_adapters: int = 256
     """Distinct adapters among the running requests; any number may be registered."""

@@ -80,7 +80,10 @@ def test_adapters_check_accounts_for_every_tensor(capsys: pytest.CaptureFixture[
 def test_adapters_check_says_what_large_ranks_need(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     widen(ADAPTERS / "count", tmp_path / "wide", 16)
     assert main(["adapters", "check", str(tmp_path / "wide"), "--base", str(BASE)]) == 0
-    assert "needs max_rank = 384; the default is 256" in capsys.readouterr().out
+    note = "needs max_rank = 384; the default is 256"
+    assert note in capsys.readouterr().out
+    assert main(["adapters", "ls", str(tmp_path), "--base", str(BASE)]) == 0
+    assert note in capsys.readouterr().out.splitlines()[-1]
 
 
 @no_engine
@@ -100,7 +103,7 @@ def test_adapters_check_says_why_not(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_adapters_ls_lists_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", "ls", str(ADAPTERS), "--base", str(BASE)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == NAMES
+    assert [line.split()[0] for line in lines[1:]] == NAMES, "and no note"
 
 
 @no_engine
