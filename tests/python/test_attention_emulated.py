@@ -16,13 +16,13 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
     pytest.mark.cpu_only(reason="an emulated device; a real one is in tests/gpu"),
 ]
-PAGE_TOKENS, NUM_PAGES = 16, 1100
-SHAPES = {  # head dimension, heads, KV heads, window
-    "grouped": (128, 8, 2, 0),
-    "alone": (64, 2, 2, 0),
-    "windowed": (32, 8, 1, 700),
-    "wide": (256, 8, 1, 0),
-    "two tiles": (16, 20, 1, 0),
+POOL_TOKENS = 17_600
+SHAPES = {  # head dimension, heads, KV heads, window, tokens of a page
+    "grouped": (128, 8, 2, 0, 16),
+    "alone": (64, 2, 2, 0, 64),
+    "windowed": (32, 8, 1, 700, 128),
+    "wide": (256, 8, 1, 0, 32),
+    "two tiles": (16, 20, 1, 0, 16),
 }
 TOLERANCE = 8e-3
 
@@ -31,33 +31,34 @@ class Pool:
     """Random keys and values of one shape, in pages of random order."""
 
     def __init__(self, shape: str) -> None:
-        self.head_dim, self.heads, self.kv_heads, self.window = SHAPES[shape]
+        self.head_dim, self.heads, self.kv_heads, self.window, self.page_tokens = SHAPES[shape]
         self.group = self.heads // self.kv_heads
         self.scale = ctypes.c_float(self.head_dim**-0.5 * 1.4426950408889634)
         torch.manual_seed(0)
-        self.kv = torch.randn(2, NUM_PAGES * PAGE_TOKENS, self.kv_heads, self.head_dim).bfloat16()
-        self.pages = torch.tensor(random.Random(0).sample(range(NUM_PAGES), NUM_PAGES), dtype=torch.int32)
+        pages = list(range(-(-POOL_TOKENS // self.page_tokens) + 8))  # requests leave some of theirs half empty
+        self.kv = torch.randn(2, len(pages) * self.page_tokens, self.kv_heads, self.head_dim).bfloat16()
+        random.Random(0).shuffle(pages)
+        self.pages = torch.tensor(pages, dtype=torch.int32)
+
+    def num_pages(self, seq_len: int) -> int:
+        return -(-seq_len // self.page_tokens)
 
     def queries(self, num_rows: int) -> torch.Tensor:
         return torch.randn(num_rows, self.heads, self.head_dim).bfloat16()
 
     def attend(self, q: torch.Tensor, first_page: int, seq_len: int) -> torch.Tensor:
         """One row in fp32: q [heads, head_dim]."""
-        pages = self.pages[first_page : first_page + num_pages(seq_len)].long()
-        tokens = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()[:seq_len]
+        pages = self.pages[first_page : first_page + self.num_pages(seq_len)].long()
+        tokens = (pages[:, None] * self.page_tokens + torch.arange(self.page_tokens)).flatten()[:seq_len]
         seen = tokens[-self.window :] if self.window else tokens
         k, v = self.kv[:, seen].float().repeat_interleave(self.group, 2)
         scores = torch.einsum("hd,thd->ht", q.float(), k) * self.head_dim**-0.5
         return torch.einsum("ht,thd->hd", scores.softmax(-1), v)
 
 
-def num_pages(seq_len: int) -> int:
-    return -(-seq_len // PAGE_TOKENS)
-
-
 def build(shape: str, name: str, folder: Path) -> ctypes.CDLL:
-    head_dim, heads, kv_heads, _ = SHAPES[shape]
-    macros = {"HEAD_DIM": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "PAGE_TOKENS": PAGE_TOKENS}
+    head_dim, heads, kv_heads, _, page_tokens = SHAPES[shape]
+    macros = {"HEAD_DIM": head_dim, "HEADS": heads, "KV_HEADS": kv_heads, "PAGE_TOKENS": page_tokens}
     return emulation.library(name, {"__CUDA_ARCH__": 900, "DTYPE": 1, "STAGES": 2, **macros}, folder)
 
 
@@ -78,10 +79,10 @@ class Decode:
         for request, seq_len in enumerate(seq_lens):
             first = max(seq_len - window, 0) // SPLIT_TOKENS if window else 0
             splits = (seq_len - 1) // SPLIT_TOKENS - first + 1
-            pages = [page + (first + j) * SPLIT_TOKENS // PAGE_TOKENS for j in range(splits)]
+            pages = [page + (first + j) * SPLIT_TOKENS // self.pool.page_tokens for j in range(splits)]
             spans.append((len(items), splits))
             items += [(request, j | splits << 16, pages[j], seq_len) for j in range(splits)]
-            page += num_pages(seq_len)
+            page += self.pool.num_pages(seq_len)
         return torch.tensor(items, dtype=torch.int32), torch.tensor(spans, dtype=torch.int32)
 
     def run(
@@ -93,13 +94,13 @@ class Decode:
         partials = torch.full((len(items) * units * partial,), torch.nan)
         count, counts = (torch.tensor(n, dtype=torch.int32) for n in ([len(items)], [0, 0, len(seq_lens)]))
         tensors = (q, out, *pool.kv, count, items, pool.pages[first_page:], partials)
-        self.library.attend(num_blocks, *pointers(*tensors), PAGE_TOKENS, pool.window, pool.scale)
+        self.library.attend(num_blocks, *pointers(*tensors), pool.page_tokens, pool.window, pool.scale)
         if has_merge:
             self.library.merge(num_blocks, *pointers(out, counts, spans, partials))
         return out
 
     def expected(self, q: torch.Tensor, seq_lens: list[int]) -> torch.Tensor:
-        first_pages = accumulate((num_pages(seq_len) for seq_len in seq_lens), initial=0)
+        first_pages = accumulate((self.pool.num_pages(seq_len) for seq_len in seq_lens), initial=0)
         return torch.stack([self.pool.attend(*row) for row in zip(q, first_pages, seq_lens, strict=False)])
 
 
@@ -138,7 +139,7 @@ def test_a_request_does_not_depend_on_its_neighbours(decode: Decode) -> None:
     seq_lens = [600, 1100]
     q = decode.pool.queries(2)
     together = decode.run(q, seq_lens, 4)
-    alone = decode.run(q[1:], seq_lens[1:], 2, first_page=num_pages(600))
+    alone = decode.run(q[1:], seq_lens[1:], 2, first_page=decode.pool.num_pages(600))
     assert torch.equal(alone[0], together[1])
 
 
@@ -149,7 +150,7 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, tmp_path: Path) 
     chunks = [(40, 1), (0, 37), (150, 20), (790, 2)]  # cached, rows
     seq_lens = [cached + rows for cached, rows in chunks]
     query_indptr = [0, *accumulate(rows for _, rows in chunks)]
-    page_indptr = [0, *accumulate(num_pages(seq_len) for seq_len in seq_lens)]
+    page_indptr = [0, *accumulate(pool.num_pages(seq_len) for seq_len in seq_lens)]
     tile = 64 // pool.group
     items = [(i, j, 0, 0) for i, (_, rows) in enumerate(chunks) if i for j in range(-(-rows // tile))]
     q = pool.queries(query_indptr[-1])
@@ -158,7 +159,7 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, tmp_path: Path) 
         torch.tensor(values, dtype=torch.int32)
         for values in ((1, len(items)), items, query_indptr, seq_lens, page_indptr)
     ]
-    library.attend(3, *pointers(q, out, *pool.kv, *plan, pool.pages), PAGE_TOKENS, pool.window, pool.scale)
+    library.attend(3, *pointers(q, out, *pool.kv, *plan, pool.pages), pool.page_tokens, pool.window, pool.scale)
     assert out[0].isnan().all()
     for i, (cached, rows) in enumerate(chunks[1:], 1):
         for row in {0, rows // 2, rows - 1}:
