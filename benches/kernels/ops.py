@@ -13,8 +13,6 @@ import argparse
 import faulthandler
 import gc
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -40,8 +38,8 @@ from slora.plan import HAS_PENALTIES, Counts, DevicePlan, StepPlan
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import Row, add_output, row, write_rows
 
-BUDGET_S, LIMIT_S = 26, 33
-"""After so long nothing more is begun; a run that takes longer than the limit is stuck, and ends with its stack."""
+LIMIT_S = 540
+"""A run that takes longer is stuck: it ends with the stacks of all threads."""
 ROWS, TINY_ROWS, SAMPLED_ROWS = [1, 64, 512, 8192], [1, 64, 1024], [1, 64, 256]
 SAMPLING = {"greedy": (0.0, 15.0), "random": (1.0, 15.0), "random_flat": (1.0, 0.0)}
 """Temperature, and how far 64 tokens are above all others: without such, no few candidates decide."""
@@ -309,26 +307,18 @@ def main() -> None:
     args = parser.parse_args()
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     torch.manual_seed(0)
-    start, ops = time.perf_counter(), Ops(is_tiny=args.device == "cpu")
+    ops = Ops(is_tiny=args.device == "cpu")
     sections: list[Callable[[], Iterator[Rows]]] = [ops.rms_norm, ops.silu_mul, ops.rope_kv, ops.sample]
     sections.append(ops.simple_attention)
     if not ops.is_tiny:
         sections += [ops.penalties, ops.step_prepare, ops.update_descriptors, ops.upload, ops.lora_work]
-    rows, failed = Rows(), list[str]()
+    rows = Rows()
     for section in sections:
-        try:
-            for found in section():
-                rows |= found
-                assert time.perf_counter() - start < BUDGET_S, f"no time left after {next(iter(found))}"
-        except Exception:  # the others may do
-            traceback.print_exc()
-            failed.append(section.__name__)
-        print(f"{section.__name__}: until {time.perf_counter() - start:.1f} s", flush=True)
-        write_rows(args, rows, is_shown=False, failed=failed)
+        for found in section():
+            rows |= found
         gc.collect()
         torch.cuda.empty_cache()
-    write_rows(args, rows, failed=failed)
-    sys.exit(1 if failed else 0)
+    write_rows(args, rows)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ class CudaRunner:
     def warm_up(self, max_tokens: int) -> None:
         """For sequences of up to `max_tokens`: record the graphs of decode steps, and build what large ones need. Other
         shapes are recorded once they have come a few times."""
-        with _device_errors("the first steps failed on the device"):
+        hint = "; hint: where memory is short, a smaller pool, max_batch_tokens or max_rank"
+        with _device_errors("the first steps failed on the device", hint):
             self._step.attention.warm_up(max_tokens, range(graphs.MAX_ROWS + 1, self._plan.capacity["token_ids"] + 1))
             most_rows = min(graphs.MAX_ROWS, self._plan.capacity["sample_rows"])
             self.record_graphs(with_splits=max_tokens > SPLIT_TOKENS, most_rows=most_rows)
@@ -267,14 +268,14 @@ class CudaRunner:
 
 
 @contextmanager
-def _device_errors(what: str) -> Iterator[None]:
+def _device_errors(what: str, hint: str = "") -> Iterator[None]:
     """Out of memory, or what an earlier step did and a later call reports."""
     try:
         yield
     except DeviceError:
         raise
     except RuntimeError as error:
-        raise DeviceError(f"{what}: {error}") from error
+        raise DeviceError(f"{what}: {error}{hint}") from error
 
 
 def _return(arrays: dict[str, Tensor], found: LogProbs, prefix: str) -> None:

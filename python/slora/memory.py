@@ -17,8 +17,10 @@ DEFAULT_POOL_BYTES = 512 << 20
 DEFAULT_POOL_FRACTION = 0.9
 MAX_GRAPH_ROWS, LOGITS_ROWS = 512, 256
 """Rows of the largest recorded step, and of logits at a time for prompts."""
-LIBRARY_BYTES = SPARE_BYTES = 256 << 20
-"""For libraries' workspace and modules; what stays free on the device beside everything that is known."""
+LIBRARY_BYTES = 256 << 20
+"""Of libraries' workspace and modules."""
+SPARE_BYTES = 256 << 20
+"""What stays free on the device beside everything that is known."""
 GRAPH_LAYER_BYTES = 48 << 10
 """What the driver keeps of a layer of a recorded graph: 38 to 47 KB were measured (docs/kernels.md)."""
 ROW_ALIGN_BYTES = 16
@@ -134,16 +136,17 @@ def device_pool_bytes(
 
     sizes = {"max_batch_tokens": max_batch_tokens, "max_running": max_running, "max_rank": max_rank}
     needed = workspace_bytes(config, dtype=dtype, **sizes)
-    graphs = graph_bytes(config, dtype=dtype, max_running=max_running) + spare_bytes(config, max_running)
+    kept = graph_bytes(config, dtype=dtype, max_running=max_running) + spare_bytes(config, max_running)
     before, total = torch.cuda.mem_get_info(device)
     page_bytes = config.page_bytes(page_tokens or config.default_page_tokens(dtype), dtype)
-    if before < needed + graphs + 2 * page_bytes / fraction:
+    if before < needed + kept + 2 * page_bytes / fraction:
         raise ConfigError(
             f"{before} of {total} bytes are free on {device}; a step of {max_batch_tokens} tokens needs {needed}, "
-            f"recorded graphs {graphs}, and 2 pages {2 * page_bytes}; hint: a smaller max_batch_tokens or max_rank"
+            f"recorded graphs and what must stay free {kept}, and 2 pages {2 * page_bytes}; "
+            "hint: a smaller max_batch_tokens or max_rank"
         )
     workspace = _allocate(needed, torch.device(device))
-    free = torch.cuda.mem_get_info(device)[0] - graphs
+    free = torch.cuda.mem_get_info(device)[0] - kept
     del workspace
     return int(free * fraction) // page_bytes * page_bytes
 

@@ -240,7 +240,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         ),
         _engine("host_bytes", num_bytes, "size of the host tier, where adapters wait; CPU: 1 GiB, CUDA: 8 GiB"),
         _engine("page_tokens", integer, "tokens of a page of the pool; default: chosen by the model", "block_size"),
-        _engine("max_running", integer, "requests that run at once", "max_num_seqs"),
+        _engine("max_running", integer, "requests that run at once; CUDA: at most 1024", "max_num_seqs"),
         _engine("max_batch_tokens", integer, "tokens that one step computes at most", "max_num_batched_tokens"),
         _engine("max_waiting", integer, "requests that wait in the engine, at most"),
         _engine("prefetch", boolean, "copy adapters to the device before their requests run"),

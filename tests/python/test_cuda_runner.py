@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import BASE
 
+from slora import engine
 from slora.cuda_runner import CudaRunner, StepShape
 from slora.engine import choose_device
 from slora.errors import ConfigError, DeviceError
@@ -19,9 +21,10 @@ from slora.kernels import upload
 from slora.kernels.attention import SPLIT_TOKENS, Attention
 from slora.kernels.cudnn import PrefillAttention, UnsupportedError, usual_sizes
 from slora.kernels.descriptors import DeviceTables
-from slora.kernels.lora import UNIT_RANKS
+from slora.kernels.lora import MAX_SEGMENTS, UNIT_RANKS
 from slora.kernels.nvrtc import cached_by_device
 from slora.kernels.streams import RECORDING
+from slora.options import Options
 from slora.plan import HAS_LORA, Counts
 
 pytestmark = pytest.mark.cpu_only(reason="what the host decides, on a device that is not there")
@@ -358,6 +361,23 @@ def test_what_the_device_reports_is_a_device_error(error: Exception, monkeypatch
     monkeypatch.setattr(CudaRunner, "_launch", fail)
     with pytest.raises(DeviceError, match="a step failed on the device: no bytes left"):
         CudaRunner.__new__(CudaRunner).launch(None)  # type: ignore[arg-type]
+
+
+def test_a_start_without_memory_is_a_device_error_with_a_hint() -> None:
+    def fail(*sizes: object) -> None:
+        raise torch.OutOfMemoryError("no bytes left")
+
+    runner = fake_runner([])
+    runner._plan = SimpleNamespace(capacity={"token_ids": 1024})
+    runner._step.attention.warm_up = fail
+    with pytest.raises(DeviceError, match=r"first steps failed.*no bytes left; hint: .*max_rank"):
+        runner.warm_up(64)
+
+
+def test_no_more_requests_run_than_a_step_has_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "choose_device", lambda name: torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match="max_running = 1025: at most 1024 on a CUDA device"):
+        engine.Engine(BASE, Options(max_running=MAX_SEGMENTS + 1))
 
 
 def test_a_bug_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

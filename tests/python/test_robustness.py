@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ADAPTERS, BASE
-from device import engine_options, is_cuda
+from device import engine_options
 from safetensors.torch import load_file, save_file
 
 import slora
@@ -104,7 +104,6 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "max_batch_tokens": ({"max_batch_tokens": -1}, "max_batch_tokens = -1"),
     "max_waiting": ({"max_waiting": "many"}, "many.*integer"),
     "max_rank": ({"max_rank": 0}, "max_rank = 0.*between 1"),
-    **({"more than a step has segments": ({"max_running": 1025}, "1025: at most 1024")} if is_cuda() else {}),
     "max_context": ({"max_context": 4096}, "4096.*1024"),
     "seed": ({"seed": -1}, "seed = -1"),
     "adapters": ({"adapters": [ADAPTERS]}, "adapters is of type list.*hint: a mapping"),
